@@ -1,0 +1,1 @@
+"""Messages as DataFrames: reading, decoding, filtering, and turning rows back into messages."""

@@ -1,0 +1,1 @@
+"""Real brokers started on this machine, without Docker."""
