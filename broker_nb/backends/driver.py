@@ -77,7 +77,9 @@ class Capabilities:
     null_attributes: bool = False
     repeated_attributes: bool = False
     transactions: bool = False
-    server_min: Mapping[str, str] = field(default_factory=dict)  # feature -> oldest server version, checked against the connected one
+    server_min: Mapping[str, str] = field(
+        default_factory=dict
+    )  # feature -> oldest server version, checked against the connected one
     notyet: Mapping[str, str] = field(default_factory=dict)  # feature -> why (an issue of the client, a missing call)
     never: Mapping[str, str] = field(default_factory=dict)  # feature -> why the broker cannot
 
@@ -210,9 +212,7 @@ class Envelope(NamedTuple):
 Column: TypeAlias = Sequence[Any] | Any
 """One value per row, or a scalar that holds for every row, or an object with `__arrow_c_array__`."""
 
-COLUMNS = frozenset(
-    {"topic", "partition", "offset", "id", "key", "data", "attributes", "publish_time_ns", "delivery_count"}
-)
+COLUMNS = frozenset({"topic", "partition", "offset", "id", "key", "data", "attributes", "publish_time_ns", "delivery_count"})
 
 
 class Codec(Protocol):
@@ -221,13 +221,18 @@ class Codec(Protocol):
     def columns(self, rows: Sequence[Any], want: frozenset[str]) -> Mapping[str, Column]:
         """The wanted columns out of COLUMNS, each one list comprehension over the client's own objects.
 
-        `offset` is the first number of the position (None where there are no places). `attributes` is per row a sequence of
+        `offset` is the first number of the position (None where there are no places). `id` may be left out where it is
+        f"{partition}:{offset}". `attributes` is per row a sequence of
         (name, bytes | None) or (name, bytes | None, type), in order, repeats kept; None when the row has none. An unwanted column
         costs nothing. Agrees with `envelope` row by row.
         """
         ...
 
     def envelope(self, row: Any) -> Envelope: ...
+
+    def places(self, rows: Sequence[Any]) -> Sequence[tuple[int, Position]]:
+        """Partition and position of each row, cheaply; for commits and for counting rows per partition."""
+        ...
 
     def size(self, row: Any) -> int:
         """Payload bytes, cheaply; for byte bounds and reports."""
@@ -256,6 +261,7 @@ class Event:
     partitions: frozenset[int] = frozenset()
     tokens: frozenset[Token] = frozenset()
     error: BrokerError | None = None
+    handle: object = None  # the Source or Browser it happened to; None = the connection
 
 
 class Lane(Protocol):

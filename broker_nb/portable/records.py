@@ -1,0 +1,245 @@
+"""A member of a group that reads a log: rows are marked done, and the contiguous prefix per partition is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from broker_nb.backends.driver import Batch, Capabilities, Codec, Event, Facts, Outcome, Position, Settled, Source
+from broker_nb.errors import BrokerError, ErrorKind
+from broker_nb.messages import Attributes, Record
+from broker_nb.portable.commits import Prefix
+from broker_nb.portable.loop import anywhere
+from broker_nb.portable.messages import CLOSE_S, MAX_KNOWN, wall
+from broker_nb.portable.pulling import Handle, Puller, Taken
+
+
+class Committed(NamedTuple):
+    """Where one partition stands after a commit. `open_at` is the first row not done, `waiting` how many wait behind the prefix."""
+
+    partition: int
+    position: Position | None
+    open_at: Position | None
+    waiting: int
+    error: BrokerError | None = None
+
+
+class RecordSubscription:
+    """Rows of a log, read as a member of a group. Closing commits nothing and gives nothing up: uncommitted rows come again."""
+
+    def __init__(
+        self,
+        name: str,
+        capabilities: Capabilities,
+        facts: Facts,
+        open_source: Callable[[], Coroutine[Any, Any, Source]],
+    ) -> None:
+        self.name = name
+        self.facts = facts
+        self._slice = capabilities.slice_s
+        self._open_source = open_source
+        self._handle: Handle | None = None
+        self._opening = asyncio.Lock()
+        self._prefixes: dict[int, Prefix] = {}
+        self._places: dict[int, tuple[int, Position]] = {}
+        self._void_below: dict[int, int] = {}  # partition -> serials below were taken away or given back
+        self._next = 1
+        self._puller = Puller(name, capabilities.slice_s, self._choose, self._took)
+        self._committing = asyncio.Lock()
+        self._closed: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Join the group."""
+        await self._choose()
+
+    async def _choose(self) -> Handle:
+        async with self._opening:
+            if self._handle is None:
+                self._handle = Handle(await self._open_source(), concurrent_settle=False)
+            return self._handle
+
+    def _took(self, handle: Handle, batch: Batch, first: int) -> None:
+        del handle
+        places = batch.codec.places(batch.rows)
+        for serial, (partition, position) in enumerate(places, first):
+            self._places[serial] = partition, position
+            prefix = self._prefixes.get(partition)
+            if prefix is None:
+                prefix = self._prefixes[partition] = Prefix()
+            prefix.deliver((position,))
+        self._next = first + len(places)
+        if len(self._places) > MAX_KNOWN:
+            self._places = {s: (p, at) for s, (p, at) in self._places.items() if not self._prefixes[p].is_done(at)}
+
+    # -------------------------------------------------------------- taking
+    @anywhere
+    async def take(
+        self, rows: int, max_bytes: int = 1 << 30, *, timeout: float | None = None, age: float | None = None
+    ) -> list[Taken]:
+        """Read up to `rows` rows; see `Puller.take`. Effect on the broker: none until something is committed."""
+        return await self._puller.take(rows, max_bytes, timeout=timeout, age=age)
+
+    @anywhere
+    async def next_record(self, timeout: float | None = None) -> Record | None:
+        """The next record; None when nothing is there within `timeout` seconds (None waits for ever)."""
+        records = self._records(await self._puller.take(1, 1 << 30, timeout=timeout))
+        return records[0] if records else None
+
+    @anywhere
+    async def next_batch(
+        self, timeout: float | None = None, *, count: int = 100, max_bytes: int = 1 << 24, age: float = 0.1
+    ) -> list[Record]:
+        """Up to `count` records or `max_bytes` bytes, at the latest `age` seconds after the first; empty = nothing yet."""
+        return self._records(await self._puller.take(count, max_bytes, timeout=timeout, age=age))
+
+    def _records(self, taken: Iterable[Taken]) -> list[Record]:
+        return [
+            self._record(part.batch.codec, row, serial)
+            for part in taken
+            for serial, row in zip(part.serials, part.batch.rows, strict=True)
+        ]
+
+    def _record(self, codec: Codec, row: Any, serial: int) -> Record:
+        envelope = codec.envelope(row)
+
+        async def mark(through: bool) -> None:
+            (done,) = await self.commit([serial], through=through)
+            if done.error is not None:
+                raise done.error
+
+        return Record(
+            topic=envelope.topic,
+            id=envelope.id,
+            key=envelope.key,
+            data=envelope.data,
+            attributes=Attributes(envelope.attributes),
+            publish_time_ns=envelope.publish_time_ns,
+            native=envelope.native,
+            partition=envelope.partition,
+            offset=envelope.position[0],
+            ingestion_time=wall(time.monotonic()),
+            _mark=mark,
+        )
+
+    # -------------------------------------------------------------- committing
+    @anywhere
+    async def commit(self, serials: Sequence[int], *, through: bool = False) -> list[Committed]:
+        """Mark deliveries as done and commit, per partition, the contiguous prefix; never backwards.
+
+        Parameters
+        ----------
+        serials
+            Deliveries of this session.
+        through
+            Everything before each of them in its partition is done too.
+
+        Returns
+        -------
+        Where each partition that was named stands.
+        """
+        moved: set[int] = set()
+        void: dict[int, BrokerError] = {}
+        named: dict[int, None] = {}
+        for serial in serials:
+            if serial not in self._places:
+                if 0 < serial < self._next:
+                    continue  # done long ago and forgotten
+                raise BrokerError(ErrorKind.INVALID, self.name, f"{self.name}: row {serial} was never delivered to this session")
+            partition, position = self._places[serial]
+            named[partition] = None
+            if serial < self._void_below.get(partition, 0):
+                text = f"{self.name}: partition {partition} was taken over by another member or given back; its rows come again"
+                void[partition] = BrokerError(ErrorKind.LEASE_LOST, self.name, text)
+                continue
+            prefix = self._prefixes[partition]
+            if prefix.mark_to(position) if through else prefix.mark(position):
+                moved.add(partition)
+        failures = await self._flush(moved) if moved else {}
+        return [self._stand(p, void.get(p) or failures.get(p)) for p in named]
+
+    def _stand(self, partition: int, error: BrokerError | None) -> Committed:
+        prefix = self._prefixes.get(partition) or Prefix()
+        return Committed(partition, prefix.committed, prefix.first_open, prefix.waiting, error)
+
+    async def _flush(self, wanted: set[int]) -> dict[int, BrokerError]:
+        """Commit what moved. Callers that come while one commit is under way share the next."""
+        async with self._committing:
+            positions = {
+                n: p.position
+                for n, p in self._prefixes.items()
+                if p.position is not None and (p.committed is None or p.committed < p.position)
+            }
+            if not positions:
+                return {}
+            handle = await self._choose()
+            failures: dict[int, BrokerError] = {}
+
+            async def store() -> None:
+                outcomes = await handle.source.commit(positions)
+                for partition, outcome in outcomes.items():
+                    self._stored(partition, positions[partition], outcome, failures)
+
+            await handle.settles.call(store, urgent=True)
+            return {p: e for p, e in failures.items() if p in wanted}
+
+    def _stored(self, partition: int, position: Position, outcome: Outcome, failures: dict[int, BrokerError]) -> None:
+        if outcome.state in (Settled.CONFIRMED, Settled.SENT):
+            if (prefix := self._prefixes.get(partition)) is not None:
+                prefix.committed = position
+            return
+        text = f"{self.name}: partition {partition} was not committed ({outcome.state.value})"
+        failures[partition] = outcome.error or BrokerError(ErrorKind.LEASE_LOST, self.name, text)
+
+    # -------------------------------------------------------------- giving back
+    @property
+    def held_count(self) -> int:
+        """Rows read and not done."""
+        return sum(p.waiting for p in self._prefixes.values())
+
+    def held_serials(self) -> list[int]:
+        """The deliveries that are read and not done, in order."""
+        return [
+            s
+            for s, (partition, position) in self._places.items()
+            if s >= self._void_below.get(partition, 0) and not self._prefixes[partition].is_done(position)
+        ]
+
+    @anywhere
+    async def rewind(self) -> int:
+        """Read again what was read and is not committable; how many rows come again."""
+        count = self.held_count
+        self._puller.drop_ready()
+        starts = {n: start for n, p in self._prefixes.items() if (start := p.rewind()) is not None}
+        self._void(starts)
+        if starts:
+            handle = await self._choose()
+            await handle.pulls.call(lambda: handle.source.seek(starts), urgent=True)
+        return count
+
+    def _void(self, partitions: Iterable[int]) -> None:
+        self._void_below.update(dict.fromkeys(partitions, self._next))
+
+    def on_event(self, event: Event) -> None:
+        """Told by the connection: partitions went to another member, or the handle died."""
+        ours = self._handle is not None and event.handle in (None, self._handle.source)
+        if event.kind == "revoked" and ours:
+            for partition in event.partitions & self._prefixes.keys():
+                self._prefixes[partition] = Prefix()
+            self._void(event.partitions)
+        if event.kind == "failed" and ours and event.error is not None:
+            self._puller.failure = event.error
+
+    @anywhere
+    async def close(self) -> None:
+        """Leave the group. Idempotent; what was not committed comes again."""
+        if self._closed is None:
+            self._closed = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closed)
+
+    async def _close(self) -> None:
+        self._puller.closed = True
+        if self._handle is not None:
+            await self._handle.pulls.drained(self._slice + CLOSE_S)
+            await self._handle.source.close()
