@@ -387,12 +387,14 @@ class Source(Protocol):
     async def pull(self, max_rows: int, max_bytes: int, wait: float) -> Batch | None:
         """At most max_rows rows are locked on return, unless the client cannot bound it: the surplus then stays in the handle, comes
         out first next time, and counts as held. NO_CREDIT is raised, instead of None, when nothing comes because our own unsettled
-        rows use up the broker's limit (max_ack_pending, share-group locks, flow control)."""
+        rows use up the broker's limit (max_ack_pending, share-group locks, flow control).
+        """
         ...
 
     async def settle(self, items: Sequence[Settlement]) -> Sequence[Outcome]:
         """MESSAGE. One outcome per item, in order; each token at most once (first-wins is kept above). Waits for the broker's answer
-        where it gives one. No side effect on other rows."""
+        where it gives one. No side effect on other rows.
+        """
         ...
 
     async def extend(self, tokens: Sequence[Token], seconds: float) -> Sequence[float | None]:
@@ -401,7 +403,8 @@ class Source(Protocol):
 
     async def commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
         """RECORD. Store "everything below is done" per partition. Positions come contiguous and ascending, of partitions that were
-        not revoked; a revoked one is LOST."""
+        not revoked; a revoked one is LOST.
+        """
         ...
 
     async def seek(self, positions: Mapping[int, Position]) -> None:
@@ -478,7 +481,8 @@ class Sender(Protocol):
     async def send(self, rows: Sequence[Outbound]) -> Sequence[SendResult]:
         """Returns when the fate of every row is known, results aligned. Rows of equal key (and of equal partition) are stored in
         order; after a REFUSED or UNKNOWN row the later rows of that key are REFUSED, not sent. Splits by the broker's batch size. The
-        client's own idempotence is always on. Never creates the topic: a missing one is NOT_FOUND."""
+        client's own idempotence is always on. Never creates the topic: a missing one is NOT_FOUND.
+        """
         ...
 
     async def close(self) -> None: ...

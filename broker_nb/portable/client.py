@@ -236,4 +236,4 @@ class Client:
             async with asyncio.timeout(CLOSE_S):
                 await close()
         except (TimeoutError, BrokerError) as error:
-            log.warning("%s: while closing: %s", self.host.name, error or f"no answer within {CLOSE_S:g} s")
+            log.warning("%s: while closing: %s", self.host.name, str(error) or f"no answer within {CLOSE_S:g} s")
