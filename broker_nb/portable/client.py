@@ -70,6 +70,11 @@ class Client:
         for subscription in tuple(self._subscriptions.values()):
             subscription.on_event(event)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be used."""
+        return self._closing is None
+
     def _check_open(self) -> None:
         if self._closing is not None:
             raise BrokerError(ErrorKind.CLOSED, self.host.name, f"{self.host.name} is closed; connect again")

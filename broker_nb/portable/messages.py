@@ -213,6 +213,14 @@ class MessageSubscription:
         """One delivery of this session, settled ones included."""
         return self._known.get(serial)
 
+    def delivery_count(self, serial: int) -> int | None:
+        """How often a held row was delivered, where the broker counts; None once it is settled."""
+        delivery = self._known.get(serial)
+        if delivery is None or delivery.row is None:
+            return None
+        count: int | None = delivery.codec.envelope(delivery.row).delivery_count
+        return count
+
     def on_event(self, event: Event) -> None:
         """Told by the connection: the broker took rows away from us, or a handle died."""
         for token in event.tokens:
