@@ -14,16 +14,30 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Self, TypeAlias
 
 from broker_nb.testing.servers.cache import DigestMismatch, ServerMissing
 from broker_nb.testing.servers.process import PortTaken, Process, ServerFailed, free_port, is_free
 
-__all__ = ["NAMES", "DigestMismatch", "OwnServer", "PortTaken", "Server", "ServerFailed", "ServerMissing", "start"]
+__all__ = ["NAMES", "DigestMismatch", "OwnServer", "PortTaken", "Server", "ServerFailed", "ServerMissing", "prepare", "start"]
 
 NAMES = ("kafka",)
 ATTEMPTS = 5
 _Launch: TypeAlias = Callable[[pathlib.Path, list[int], float], Process]
+
+
+def _module(name: str) -> ModuleType:
+    if name not in NAMES:
+        raise ServerMissing(f"no server {name!r}; there is: {', '.join(NAMES)}")
+    if os.name != "posix":
+        raise ServerMissing(f"{name} starts on Linux and macOS only: use WSL, or docker compose up {name}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def prepare(name: str) -> None:
+    """Fetch everything that server `name` is made of; raises `ServerMissing` or `DigestMismatch` as `OwnServer` does."""
+    _module(name).prepare()
 
 
 class Server:
@@ -76,11 +90,7 @@ class OwnServer(Server):
     def __init__(
         self, name: str, *, port: int | None = None, keep: str | os.PathLike[str] | None = None, deadline: float = 60
     ) -> None:
-        if name not in NAMES:
-            raise ServerMissing(f"no server {name!r}; there is: {', '.join(NAMES)}")
-        if os.name != "posix":
-            raise ServerMissing(f"{name} starts on Linux and macOS only: use WSL, or docker compose up {name}")
-        self._launch: _Launch = importlib.import_module(f"{__name__}.{name}").launch
+        self._launch: _Launch = _module(name).launch
         self._deadline = deadline
         self._temporary = keep is None
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix=f"broker_nb-{name}-") if keep is None else keep).absolute()
@@ -106,10 +116,9 @@ class OwnServer(Server):
         """Of the server's process, which changes by `start`."""
         return self._process.pid
 
-    @property
-    def running(self) -> bool:
-        """Whether its process has not ended."""
-        return self._process.running
+    def check(self) -> None:
+        """Raise `ServerFailed`, with the end of its log, if it ended by itself."""
+        self._process.check(f"{self.name} ended by itself")
 
     def start(self) -> None:
         """Start it (again, after `kill`) on the same ports and data, and wait until it is ready.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.resources
+import importlib.util
 import json
 import logging
 import os
@@ -102,12 +103,13 @@ def tool(section: str) -> pathlib.Path:
 
 
 def _pip(requirement: str, target: str) -> None:
-    uv = shutil.which("uv")
-    pip = [uv, "pip", "install", "--python", sys.executable] if uv else [sys.executable, "-m", "pip", "install"]
-    done = subprocess.run([*pip, "-q", "--target", target, requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):
+        command = [uv, "pip"]
+    command += ["install", "-q", "--target", target, requirement]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        why = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise ServerMissing(f"{requirement} could not be installed: {why}")
+        raise ServerMissing(f"{requirement} could not be installed: {_last_line(done.stderr)}")
 
 
 def fetch(files: Sequence[LockedFile]) -> list[pathlib.Path]:
@@ -137,12 +139,15 @@ def _fetch_missing(files: Sequence[LockedFile], folder: pathlib.Path, fetcher: p
         program = pathlib.Path(__file__).with_name("_maven.py")
         done = subprocess.run([sys.executable, program, fetcher], input=wanted, capture_output=True, text=True)
         if done.returncode:
-            why = (done.stderr.strip() or "no reason given").splitlines()[-1]
-            raise ServerMissing(f"{files[0].coordinates} and {len(files) - 1} other files could not be fetched: {why}")
+            raise ServerMissing(f"{files[0].coordinates} or a file after it could not be fetched: {_last_line(done.stderr)}")
         for file in files:
             if (found := _sha256(pathlib.Path(scratch, file.name))) != file.sha256:
                 raise DigestMismatch(f"{file.coordinates}: locked as sha256 {file.sha256}, but what came has {found}")
             os.replace(f"{scratch}/{file.name}", folder / file.name)
+
+
+def _last_line(said: str) -> str:
+    return (said.strip() or "no reason given").splitlines()[-1]
 
 
 def _good(path: pathlib.Path, sha256: str) -> bool:

@@ -40,6 +40,9 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 share.coordinator.state.topic.num.partitions=1
 group.initial.rebalance.delay.ms=0
+# The controller holds the place of a broker that was killed for this long (9 s by default) before it may come back.
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
 """
 LOGGING = """\
 status = error
@@ -52,23 +55,43 @@ rootLogger.appenderRef.out.ref = out
 """
 
 
-def launch(folder: pathlib.Path, ports: list[int], deadline: float) -> Process:
-    """Start Kafka with its data in `folder`, on `ports` (clients', the controller's), and wait until a produce succeeds.
+def prepare() -> tuple[str, list[pathlib.Path]]:
+    """Java and the jars, fetched where they are missing.
 
     Raises
     ------
     ServerMissing
         Java, the client, or Kafka itself is missing and could not be fetched.
+    DigestMismatch
+        What was fetched is not what was locked.
+    """
+    _client()
+    return java(), fetch([LockedFile(line) for line in locked("kafka")["maven"]])
+
+
+def launch(folder: pathlib.Path, ports: list[int], deadline: float) -> Process:
+    """Start Kafka with its data in `folder`, on `ports` (clients', the controller's), and wait until a produce succeeds.
+
+    Raises
+    ------
+    ServerMissing, DigestMismatch
+        As `prepare` does.
     ServerFailed, PortTaken
         It ended, or was not ready by `deadline` (by `time.monotonic`).
     """
-    _client()
-    program = java()
-    jars = os.pathsep.join(map(str, fetch([LockedFile(line) for line in locked("kafka")["maven"]])))
+    program, jars = prepare()
     (data := folder / "data").mkdir(exist_ok=True)
     (properties := folder / "server.properties").write_text(PROPERTIES.format(port=ports[0], controller=ports[1], data=data))
     (logging := folder / "log4j2.properties").write_text(LOGGING)
-    base = [program, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", f"-Dlog4j2.configurationFile={logging}", "-cp", jars]
+    base = [
+        program,
+        "-Xms256m",
+        "-Xmx512m",
+        "-XX:+UseSerialGC",
+        f"-Dlog4j2.configurationFile={logging}",
+        "-cp",
+        os.pathsep.join(map(str, jars)),
+    ]
     if not (identity := data / "meta.properties").exists():
         _format([*base, "kafka.tools.StorageTool", "format", "-t", _new_id(), "-c", str(properties)])
     process = Process([*base, "kafka.Kafka", properties], folder / "server.log")

@@ -86,6 +86,11 @@ class Process:
             log.seek(self._log_start)
             return log.read().decode("utf-8", "replace")
 
+    def check(self, what: str) -> None:
+        """Raise `failure(what)` if it has ended."""
+        if not self.running:
+            raise self.failure(f"{what}, status {self._popen.returncode}")
+
     def failure(self, what: str) -> ServerFailed:
         """An error that says `what` happened and shows the end of the log."""
         output = self.output()
@@ -102,8 +107,7 @@ class Process:
             The program ended, or the deadline passed.
         """
         while True:
-            if not self.running:
-                raise self.failure(f"the server ended with status {self._popen.returncode} while starting")
+            self.check("the server ended while starting")
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=1):
                     return
