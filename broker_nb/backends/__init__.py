@@ -94,8 +94,8 @@ def has_secret(url: str) -> bool:
     """Whether a URL carries a password: before the host, or in an option whose name says so."""
     try:
         parts = _split(url)
-    except BrokerError:
-        return False
+    except BrokerError:  # malformed, perhaps by the password itself: doubt counts as yes
+        return bool(re.search(r":.*@", url.partition("://")[2]))
     return parts.password is not None or any(_SECRET.search(name) for name, _ in parts.options)
 
 
@@ -111,7 +111,7 @@ def profile_from_url(url: str, *, allow_secret: bool = False) -> tuple[str, dict
 
     Returns
     -------
-    The scheme, lower case, and a profile: `hosts` (list of "host" or "host:port"), `path` (text without the first slash), `options`
+    The scheme, lower case, and a profile: `hosts` (list of "host" or "host:port"), `path` (without its first slash), `options`
     (mapping of text), and `username` / `password` where given.
 
     Raises
@@ -154,7 +154,7 @@ def _split(url: str) -> _Parts:
     username, colon, password = user_info.partition(":")
     hosts = authority.split(",") if authority else []
     for host in hosts:
-        _check_host(scheme, host)
+        _check_host(scheme, host, "a host" if "@" in url else repr(host))
     try:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:
@@ -162,12 +162,12 @@ def _split(url: str) -> _Parts:
     return _Parts(scheme, unquote(username) if at else None, unquote(password) if colon else None, hosts, unquote(path), options)
 
 
-def _check_host(scheme: str, host: str) -> None:
+def _check_host(scheme: str, host: str, shown: str) -> None:
     name, _, port = host.rpartition(":") if re.fullmatch(r"[^:]*:[^:]*|\[.*\]:[^:]*", host) else (host, "", None)
     if not name or any(c.isspace() for c in name):
-        raise _bad(scheme, f"{host!r} is not a host; write host:port")
+        raise _bad(scheme, f"{shown} in the URL is not a host name or address; write host:port")
     if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise _bad(scheme, f"{host!r}: the port must be a number from 1 to 65535")
+        raise _bad(scheme, f"{shown} in the URL has a bad port; it must be a number from 1 to 65535")
 
 
 def _bad(scheme: str, text: str) -> BrokerError:

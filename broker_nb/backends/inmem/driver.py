@@ -1,0 +1,248 @@
+"""The driver contract over the broker in memory."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self, TypeVar
+
+from broker_nb.backends.driver import (
+    Backlog,
+    Bounds,
+    Browser,
+    Capabilities,
+    Dedupe,
+    Effect,
+    Entity,
+    Facts,
+    Family,
+    Host,
+    Kind,
+    LeaseTerms,
+    LookPlan,
+    Piece,
+    Position,
+    Proof,
+    Sender,
+    Source,
+    Summary,
+    TakeOptions,
+    Transaction,
+)
+from broker_nb.backends.inmem.broker import InmemBroker
+from broker_nb.backends.inmem.handles import (
+    GroupSource,
+    InmemBrowser,
+    InmemSender,
+    QueueSource,
+    TransactionHandle,
+    check_pieces,
+    refuse_native,
+)
+from broker_nb.backends.inmem.subscriptions import Group, Queue
+from broker_nb.backends.inmem.topic import Topic
+from broker_nb.errors import ErrorKind
+
+H = TypeVar("H", InmemBrowser, QueueSource, GroupSource, InmemSender)
+
+
+class InmemDriver:
+    """A connection to a broker in the memory of this process: `inmem://name`, or `inmem://` for one of its own.
+
+    `broker` is the broker itself, to make topics on.
+    """
+
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        families=frozenset(Family),
+        slice_s=5.0,
+        concurrent_settle=True,
+        release_delay=True,
+        reject=True,
+        implicit_subscriptions=True,
+        binary_keys=True,
+        null_key_is_not_empty=True,
+        null_data=True,
+        attribute_types=frozenset({str, bytes, int, float, bool, datetime, uuid.UUID}),
+        null_attributes=True,
+        repeated_attributes=True,
+        transactions=True,
+    )
+    requires: ClassVar[tuple[str, str]] = ("", "")
+
+    def __init__(self, broker: InmemBroker, host: Host) -> None:
+        self.broker, self.host = broker, host
+        self._closed = False
+        self._handles: list[InmemBrowser | QueueSource | GroupSource | InmemSender] = []
+
+    @classmethod
+    async def open(cls, profile: Mapping[str, Any], host: Host) -> Self:
+        hosts = list(profile.get("hosts", ()))
+        name = hosts[0] if hosts else ""
+        wrong = [f"option {option!r}" for option in profile.get("options", {})]
+        wrong += [f"path {profile['path']!r}"] if profile.get("path") else []
+        wrong += [f"second name {hosts[1]!r}"] if len(hosts) > 1 else []
+        if wrong:
+            raise host.error(ErrorKind.INVALID, name or "inmem", f"inmem://{name} takes a name and no {wrong[0]}; leave it out")
+        broker = cls.find(name)
+        with broker.faulty("open"):
+            return cls(broker, host)
+
+    @classmethod
+    def find(cls, name: str) -> InmemBroker:
+        """The broker to connect to."""
+        return InmemBroker.get(name) if name else InmemBroker()
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            for handle in self._handles:
+                await handle.close()
+
+    @property
+    def about(self) -> str:
+        which = f"broker {self.broker.name!r}" if self.broker.name else "a private broker"
+        return f"{which} in the memory of this process, {len(self.broker.topics)} topics"
+
+    @contextmanager
+    def _call(self, name: str, entity: str = "") -> Iterator[None]:
+        if self._closed:
+            raise self.host.error(ErrorKind.CLOSED, entity or "connection", "the connection is closed; connect again")
+        with self.broker.faulty(name), self.broker.lock:
+            self.broker.sweep()
+            yield
+
+    # -------------------------------------------------------------- catalogue
+    async def entities(self, pattern: str = "") -> AsyncIterator[Entity]:
+        with self._call("entities"):
+            topics = [t for t in self.broker.topics.values() if fnmatchcase(t.name, pattern or "*")]
+            found = [Entity(Kind.TOPIC, topic.name) for topic in topics]
+            found += [Entity(Kind.SUBSCRIPTION, name, topic.name) for topic in topics for name in topic.subscriptions]
+        for entity in found:
+            yield entity
+
+    async def summaries(self, topics: Sequence[Entity]) -> Sequence[Summary]:
+        with self._call("summaries"):
+            return [self._summary(entity, self.broker.topic(entity.name)) for entity in topics]
+
+    def _summary(self, entity: Entity, topic: Topic) -> Summary:
+        filled = [log for log in topic.logs if log.rows]
+        words = {Family.RECORD: "log", Family.MESSAGE: "queue"}
+        return Summary(
+            entity=entity,
+            partitions=len(topic.logs),
+            messages=sum(len(log.rows) for log in topic.logs),
+            bytes=sum(log.size for log in topic.logs),
+            oldest_ns=min((log.rows[0].time_ns for log in filled), default=None),
+            newest_ns=max((log.rows[-1].time_ns for log in filled), default=None),
+            kind=" + ".join(word for family, word in words.items() if family in topic.families),
+        )
+
+    async def facts(self, entity: Entity) -> Facts:
+        with self._call("facts", entity.name):
+            if entity.kind is Kind.SUBSCRIPTION:
+                topic = self._parent(entity)
+                return self._facts(entity, topic, topic.subscriptions.get(entity.name))
+            return self._facts(entity, self.broker.topic(entity.name), None)
+
+    def _facts(self, entity: Entity, topic: Topic, subscription: Queue | Group | None) -> Facts:
+        families = topic.families if subscription is None else frozenset({subscription.family})
+        terms = subscription if isinstance(subscription, Queue) else topic
+        ours = [h.consumer for h in self._handles if isinstance(h, QueueSource | GroupSource) and not h.closed]
+        buried = topic.dead_letter
+        return Facts(
+            entity=entity,
+            partitions=tuple(range(len(topic.logs))),
+            look=LookPlan(True, proof=Proof.POSITION, sorted_times=all(log.sorted_times for log in topic.logs)),
+            families=families,
+            lease=LeaseTerms(
+                terms.ack_deadline,
+                renewable=True,
+                return_counts=True,
+                max_deliveries=None if buried is None else terms.max_deliveries,
+            )
+            if Family.MESSAGE in families
+            else None,
+            dedupe=Dedupe(window_s=None, ordered=False, replaces_message_id=False),
+            ordered=terms.ordered,
+            members=0 if subscription is None else sum(c not in ours for c in subscription.consumers),
+            max_message_bytes=topic.max_message_bytes,
+            dead_letter=None if buried is None else Entity(Kind.DEAD_LETTER, buried.name, topic.name),
+            details={"subscriptions": sorted(topic.subscriptions)} if entity.kind is not Kind.SUBSCRIPTION else {},
+        )
+
+    def _parent(self, entity: Entity) -> Topic:
+        if entity.parent is None:
+            text = f"subscription {entity.name!r} belongs to a topic; name the topic too"
+            raise self.host.error(ErrorKind.INVALID, entity.name, text)
+        return self.broker.topic(entity.parent)
+
+    async def backlog(self, entity: Entity) -> Sequence[Backlog]:
+        with self._call("backlog", entity.name):
+            topic = self._parent(entity)
+            subscription = topic.subscriptions.get(entity.name)
+            if isinstance(subscription, Queue):
+                subscription.sweep(self.broker.clock.monotonic())
+            # One that was never used stands at the beginning, and asking does not make it.
+            return (subscription or Group(topic, entity.name, latest=False)).backlog()
+
+    # -------------------------------------------------------------- look
+    async def bounds(self, topic: Entity, committed_only: bool) -> Sequence[Bounds]:
+        with self._call("bounds", topic.name):
+            return [
+                Bounds(log.number, (log.low,), (log.stable if committed_only else log.high,), (log.high,))
+                for log in self.broker.topic(topic.name).logs
+            ]
+
+    async def locate(self, topic: Entity, times_ns: Mapping[int, int]) -> Mapping[int, Position | None]:
+        with self._call("locate", topic.name):
+            found = self.broker.topic(topic.name)
+            check_pieces(self.host, found, [Piece(partition, (), None) for partition in times_ns])
+            offsets = {partition: found.logs[partition].first_at(time_ns) for partition, time_ns in times_ns.items()}
+            return {partition: None if offset is None else (offset,) for partition, offset in offsets.items()}
+
+    async def browse(
+        self,
+        topic: Entity,
+        pieces: Sequence[Piece],
+        want: frozenset[str],
+        committed_only: bool,
+        allow: frozenset[Effect],
+    ) -> Browser:
+        with self._call("browse", topic.name):
+            found = self.broker.topic(topic.name)
+            check_pieces(self.host, found, pieces)
+            return self._keep(InmemBrowser(self.broker, self.host, found, pieces, committed_only))
+
+    # -------------------------------------------------------------- take and write
+    async def subscribe(self, subscription: Entity, options: TakeOptions) -> Source:
+        with self._call("subscribe", subscription.name):
+            topic = self._parent(subscription)
+            refuse_native(self.host, subscription.name, options.native)
+            if options.session is not None:
+                raise self.host.error(
+                    ErrorKind.UNSUPPORTED, subscription.name, "the broker in memory has no sessions; leave it out"
+                )
+            if options.start not in ("earliest", "latest"):
+                text = f"start is 'earliest' or 'latest', not {options.start!r}"
+                raise self.host.error(ErrorKind.INVALID, subscription.name, text)
+            found = topic.subscribe(subscription.name, options.family, latest=options.start == "latest")
+            if isinstance(found, Queue):
+                return self._keep(QueueSource(self.broker, self.host, found, options))
+            return self._keep(GroupSource(self.broker, self.host, found))
+
+    async def sender(self, topic: Entity, native: Mapping[str, Any]) -> Sender:
+        with self._call("sender", topic.name):
+            found = self.broker.topic(topic.name)
+            refuse_native(self.host, topic.name, native)
+            return self._keep(InmemSender(self.broker, self.host, topic.name, found))
+
+    async def begin(self, transactional_id: str, timeout_s: float) -> Transaction:
+        with self._call("begin", transactional_id):
+            return TransactionHandle(self.broker, self.host, self.broker.begin(transactional_id, timeout_s))
+
+    def _keep(self, handle: H) -> H:
+        self._handles = [*(h for h in self._handles if not h.closed), handle]
+        return handle
