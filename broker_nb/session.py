@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Any
 
 from broker_nb import settling
@@ -60,8 +60,8 @@ class Session:
         )
         return cls(client, name, url)
 
-    def _zone(self) -> tzinfo | None:
-        return self.zone or datetime.now().astimezone().tzinfo
+    def _zone(self) -> tzinfo:
+        return self.zone or datetime.now().astimezone().tzinfo or UTC
 
     # -------------------------------------------------------------- look
     async def topics(self, pattern: str = "") -> pd.DataFrame:
@@ -332,9 +332,19 @@ class Session:
         return result
 
     # -------------------------------------------------------------- the abstraction itself
-    async def subscribe(self, topic: str, subscription: str, **options: Any) -> Subscription:
-        """The subscription as an object of iterators (`next_message`, `next_batch`, ...); see `Client.subscribe` for options."""
-        return await self.client.subscribe(topic, subscription, **options)
+    async def subscribe(
+        self,
+        topic: str,
+        subscription: str,
+        *,
+        hold: Duration = "10m",
+        create: bool = False,
+        join: bool = False,
+        start: str = "earliest",
+    ) -> Subscription:
+        """The subscription as an object to pull from (`next_message` or `next_record`, `next_batch`); parameters as in `consume`."""
+        seconds = parse_duration(hold)
+        return await self.client.subscribe(topic, subscription, hold=seconds, create=create, join=join, start=start)
 
     async def topic(self, name: str) -> Topic:
         """A publisher for one topic (`publish`, `batch_publish`); NOT_FOUND when it is not there."""
