@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import tzinfo
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from broker_nb.backends import has_secret
 from broker_nb.errors import BrokerError, ErrorKind
@@ -31,7 +31,7 @@ captions: Callable[[str], None] = _to_log
 
 def set_captions(sink: Callable[[str], None] | None) -> None:
     """Have captions handed to `sink`, on the caller's thread; None = back to the log."""
-    global captions  # noqa: PLW0603 - one sink per process is the point
+    global captions
     captions = sink or _to_log
 
 
@@ -133,7 +133,7 @@ class Connection:
         _open.pop(self.name, None)
         _blocking(Session.close)(self)
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import Any, Self
 
 
 class ErrorKind(enum.Enum):
@@ -57,9 +58,10 @@ class BrokerError(Exception):
     entity: str
     retryable: bool
 
-    def __new__(cls, kind: ErrorKind = ErrorKind.UNKNOWN, *args: object, **kwargs: object) -> BrokerError:
-        chosen = _CLASSES.get(kind, BrokerError) if cls is BrokerError else cls
-        return super().__new__(chosen)
+    def __new__(cls, kind: ErrorKind = ErrorKind.UNKNOWN, *args: object, **kwargs: object) -> Self:
+        chosen: type[Any] = _CLASSES.get(kind, BrokerError) if cls is BrokerError else cls
+        made: Self = super().__new__(chosen)
+        return made
 
     def __init__(self, kind: ErrorKind, entity: str, text: str, *, retryable: bool = False) -> None:
         self.kind = kind

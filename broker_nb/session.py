@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker_nb import settling
 from broker_nb.backends import profile_from_url
-from broker_nb.backends.driver import Effect, Entity, Kind
+from broker_nb.backends.driver import Effect, Kind
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.interfaces import Topic
 from broker_nb.portable.client import Client
@@ -206,7 +206,9 @@ class Session:
         seconds = parse_duration(hold)
         if subscription is None:
             raise BrokerError(
-                ErrorKind.INVALID, topic, f'consume {topic}: name a subscription, for example subscription="debug"; sample looks without one'
+                ErrorKind.INVALID,
+                topic,
+                f'consume {topic}: name a subscription, for example subscription="debug"; sample looks without one',
             )
         opened = await self.client.subscribe(topic, subscription, hold=seconds, start=start, create=create, join=join)
         holder = self._holder(opened)
@@ -274,9 +276,7 @@ class Session:
         """
         return await self._settle("release", frame, frame is None, final=final)
 
-    async def _settle(
-        self, verb: str, frame: Any, everything: bool, *, delay: float = 0.0, final: bool = False
-    ) -> Settled:
+    async def _settle(self, verb: str, frame: Any, everything: bool, *, delay: float = 0.0, final: bool = False) -> Settled:
         if (frame is None) is not everything:
             text = f"{verb}: name a frame with a lease column, or say all=True for everything you hold (not both)"
             raise BrokerError(ErrorKind.INVALID, verb, text)

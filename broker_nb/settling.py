@@ -13,8 +13,8 @@ from broker_nb.backends.driver import COLUMNS
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.portable.messages import MessageSubscription, Settling
 from broker_nb.portable.pulling import Taken
-from broker_nb.portable.records import RecordSubscription
 from broker_nb.portable.records import Committed as Stand
+from broker_nb.portable.records import RecordSubscription
 
 if TYPE_CHECKING:
     from broker_nb.frames.results import Committed, Settled
@@ -85,7 +85,9 @@ def named_leases(verb: str, frame: Any, holders: Mapping[str, Subscription]) -> 
     for value in dict.fromkeys(values):
         match = _LEASE.fullmatch(value) if isinstance(value, str) else None
         if match is None:
-            raise BrokerError(ErrorKind.INVALID, verb, f"{verb}: {value!r} is no lease; drop rows without one (frame.dropna(subset='lease'))")
+            raise BrokerError(
+                ErrorKind.INVALID, verb, f"{verb}: {value!r} is no lease; drop rows without one (frame.dropna(subset='lease'))"
+            )
         holder, serial = match[1], int(match[2])
         if holder in holders:
             named.serials[holder].append(serial)
@@ -157,7 +159,11 @@ def _settled_line(verb: str, named: Named, results: Sequence[Settling], delay: f
         leases = [lease_text(h, s) for h, ss in named.serials.items() for s in ss if s in {x.serial for x in lost}]
         more = f" and {len(leases) - 5} more" if len(leases) > 5 else ""
         counts.append(f"{len(lost):,} lost ({lost[0].text}): {' '.join(leases[:5])}{more}")
-    for state, word in (("refused", "refused by the broker"), ("retry", "not settled, try again"), ("foreign", "never delivered here")):
+    for state, word in (
+        ("refused", "refused by the broker"),
+        ("retry", "not settled, try again"),
+        ("foreign", "never delivered here"),
+    ):
         if states[state]:
             text = next(s.text for s in results if s.state == state)
             counts.append(f"{states[state]:,} {word} ({text})")

@@ -178,6 +178,7 @@ class Summary:
     bytes: int | None = None
     oldest_ns: int | None = None
     newest_ns: int | None = None
+    last_minute: int | None = None  # rows of the last 60 s
     kind: str = ""  # "log", "queue", "log + queue"
 
 
@@ -374,6 +375,8 @@ class Settled(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """The fate of one settlement."""
+
     state: Settled
     error: BrokerError | None = None
 

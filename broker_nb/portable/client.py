@@ -167,7 +167,8 @@ class Client:
                 raise BrokerError(
                     ErrorKind.CONFLICT,
                     name,
-                    f"{name} has {facts.members} live member(s), from which this would take messages; take part with join=True, or name another subscription",
+                    f"{name} has {facts.members} live member(s), from which this would take messages; "
+                    "take part with join=True, or name another subscription",
                 )
             chosen = family or (Family.MESSAGE if Family.MESSAGE in facts.families else Family.RECORD)
             if chosen not in facts.families:
