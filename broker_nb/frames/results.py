@@ -68,7 +68,7 @@ class Published(Result):
 
 
 def sent_counts(results: Sequence[SendResult]) -> str:
-    """ "94 accepted, 2 refused (first reason)": only what occurs."""
+    """Counts of the states that occur, each with its first reason: `94 accepted, 2 refused (...)`."""
     states = Counter(r.state for r in results)
     parts = []
     for state in Sent:
