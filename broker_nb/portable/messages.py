@@ -261,14 +261,14 @@ class MessageSubscription:
             raise BrokerError(ErrorKind.UNSUPPORTED, self.name, f"{self.name}: this broker has no delay per row; leave delay out")
         results: dict[int, Settling] = {}
         asked: dict[Handle, list[Delivery]] = defaultdict(list)
-        for serial in serials:
+        for serial in dict.fromkeys(serials):
             delivery = self._known.get(serial)
             if delivery is None:
                 results[serial] = Settling(serial, "foreign", f"{serial} was never delivered to this session")
             elif delivery.state is State.HELD:
                 delivery.state, delivery.word = State.ASKING, word
                 asked[delivery.handle].append(delivery)
-            elif serial not in results and delivery not in asked[delivery.handle]:
+            else:
                 results[serial] = _past(delivery)
         for settled in await asyncio.gather(*(self._ask(h, d, verdict, delay, reason) for h, d in asked.items())):
             results.update(settled)
