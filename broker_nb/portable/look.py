@@ -260,7 +260,9 @@ async def open_look(
     pieces = await _resolve(driver, topic, facts, asked, bounds)
     look = Look(driver, topic, facts, asked, bounds, pieces, want=want, committed_only=committed_only, allow=allow)
     if look.window_ns != (None, None) and not plan.sorted_times:
-        look.summary.notes.append(f"times are set by producers: read {MARGIN_NS // 10**9} s past the end and filtered")
+        look.summary.notes.append(
+            f"producers set the times: read {MARGIN_NS // 10**9} s past the end and filtered; what came later than that is not in it"
+        )
     return look
 
 
