@@ -79,7 +79,9 @@ class Summary:
     def why(self) -> str:
         """Why it is not complete; "" when it is."""
         said = [self.stopped] if self.stopped else []
-        for stop in dict.fromkeys(p.stop for p in self.parts.values() if p.stop is not None and not p.done):
+        for stop in dict.fromkeys(
+            p.stop for p in self.parts.values() if p.stop is not None and not (p.done and p.stop is Stop.DRY)
+        ):
             where = ", ".join(str(p.partition) for p in self.parts.values() if p.stop is stop)
             said.append(f"{stop.value} (partition {where})")
         if cut := [str(p.partition) for p in self.parts.values() if p.cut]:
