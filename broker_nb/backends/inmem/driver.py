@@ -71,6 +71,8 @@ class InmemDriver:
         transactions=True,
     )
     requires: ClassVar[tuple[str, str]] = ("", "")
+    scheme: ClassVar[str] = "inmem"
+    most_names: ClassVar[int] = 1
 
     def __init__(self, broker: InmemBroker, host: Host) -> None:
         self.broker, self.host = broker, host
@@ -79,19 +81,24 @@ class InmemDriver:
 
     @classmethod
     async def open(cls, profile: Mapping[str, Any], host: Host) -> Self:
-        hosts = list(profile.get("hosts", ()))
-        name = hosts[0] if hosts else ""
-        wrong = [f"option {option!r}" for option in profile.get("options", {})]
-        wrong += [f"path {profile['path']!r}"] if profile.get("path") else []
-        wrong += [f"second name {hosts[1]!r}"] if len(hosts) > 1 else []
-        if wrong:
-            raise host.error(ErrorKind.INVALID, name or "inmem", f"inmem://{name} takes a name and no {wrong[0]}; leave it out")
-        broker = cls.find(name)
+        name = cls._name(profile, host)
+        broker = await cls.find(name)
         with broker.faulty("open"):
             return cls(broker, host)
 
     @classmethod
-    def find(cls, name: str) -> InmemBroker:
+    def _name(cls, profile: Mapping[str, Any], host: Host) -> str:
+        names = list(profile.get("hosts", ()))
+        wrong = [f"name {name!r}" for name in names[cls.most_names :]]
+        wrong += [f"path {path!r}" for path in (profile.get("path"),) if path]
+        wrong += [f"option {option!r}" for option in profile.get("options", {})]
+        if wrong:
+            takes = "takes one name and nothing more" if cls.most_names else "takes nothing more"
+            raise host.error(ErrorKind.INVALID, cls.scheme, f"{cls.scheme} {takes}; leave out the {wrong[0]}")
+        return names[0] if names else ""
+
+    @classmethod
+    async def find(cls, name: str) -> InmemBroker:
         """The broker to connect to."""
         return InmemBroker.get(name) if name else InmemBroker()
 

@@ -83,8 +83,7 @@ class Topic:
             return f"no partition {row.partition} in {self.name}; it has 0..{len(self.logs) - 1}"
         if row.native:
             return f"the broker in memory has no option {next(iter(row.native))!r}; leave it out"
-        size = len(row.data or b"") + len(row.key or b"")
-        if self.max_message_bytes is not None and size > self.max_message_bytes:
+        if self.max_message_bytes is not None and (size := len(row.data or b"") + len(row.key or b"")) > self.max_message_bytes:
             return f"{size} bytes, and {self.name} takes at most {self.max_message_bytes}"
         return None
 
@@ -128,8 +127,10 @@ class Topic:
         if transaction is not None:
             log.open.setdefault(transaction, log.high)
             transaction.offsets.setdefault((self, log), []).append(log.high)
-        given = None if not attributes else tuple(attributes)
-        stored = log.append(key, data, given, *((now, "server") if time_ns is None else (time_ns, "producer")))
+        given = tuple(attributes) if attributes else None
+        stored = (
+            log.append(key, data, given, now, "server") if time_ns is None else log.append(key, data, given, time_ns, "producer")
+        )
         if dedupe is not None:
             self._sent[dedupe] = stored
             if transaction is not None:
