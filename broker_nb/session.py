@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -159,6 +160,7 @@ class Session:
             attributes=attributes,
             where=where,
             params=params,
+            zone=getattr(self._zone(), "key", "UTC"),
             as_=as_,
             timeout=timeout,
         )
@@ -213,7 +215,8 @@ class Session:
         opened = await self.client.subscribe(topic, subscription, hold=seconds, start=start, create=create, join=join)
         holder = self._holder(opened)
         taken = await opened.take(n, timeout=timeout)
-        frame, counts = await read_taken(taken, topic, holder, decode=decode, attributes=attributes)
+        name = functools.partial(settling.lease_text, holder)
+        frame, counts = await read_taken(taken, topic, name, decode=decode, attributes=attributes)
         self.said.append(settling.taken_caption(opened, taken, counts, n, timeout, seconds))
         return frame
 
@@ -237,7 +240,9 @@ class Session:
         """
         from broker_nb.frames.read import held_frame
 
-        frame, caption = await held_frame(self._holders)
+        parts = settling.held_batches(self._holders)
+        names = ", ".join(sub.name for sub in self._holders.values() if sub.held_count)
+        frame, caption = await held_frame(parts, names)
         self.said.append(caption)
         return frame
 

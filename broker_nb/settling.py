@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from broker_nb.backends.driver import COLUMNS
+from broker_nb.backends.driver import COLUMNS, Batch
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.portable.messages import MessageSubscription, Settling
 from broker_nb.portable.pulling import Taken
@@ -101,6 +102,24 @@ def named_leases(verb: str, frame: Any, holders: Mapping[str, Subscription]) -> 
         )
         raise BrokerError(ErrorKind.LEASE_LOST, verb, text)
     return named
+
+
+def held_batches(holders: Mapping[str, Subscription]) -> list[tuple[Batch, list[str]]]:
+    """Everything held now as batches, with the lease of each row. Of a log's rows only the places are still known."""
+    from broker_nb.frames.read import PlaceCodec
+
+    made: list[tuple[Batch, list[str]]] = []
+    for holder, subscription in holders.items():
+        if isinstance(subscription, MessageSubscription):
+            held = subscription.held()
+            for codec, deliveries in itertools.groupby(held, key=lambda d: d.codec):
+                group = list(deliveries)
+                made.append((Batch(codec, [d.row for d in group]), [lease_text(holder, d.serial) for d in group]))
+        elif serials := subscription.held_serials():
+            topic = subscription.name.split("/")[0]
+            rows = [(topic, *subscription.place(serial)) for serial in serials]
+            made.append((Batch(PlaceCodec(), rows), [lease_text(holder, s) for s in serials]))
+    return made
 
 
 def guard_last_delivery(verb: str, named: Named) -> None:
@@ -232,10 +251,11 @@ def taken_caption(
     else:
         line.append(f"{few} held for {terms.seconds:g} s (this broker cannot extend; they are given back before that)")
     ordinals = {1: "first", 2: "second", 3: "third"}
-    deliveries = ", ".join(f"{ordinals.get(k, f'{k}th')} {v:,}" for k, v in sorted(counts.items()))
-    if deliveries:
-        most = f", dead-letter at {terms.max_deliveries}" if terms.max_deliveries else ""
-        line.append(f"delivery {deliveries}{most}")
+    words = [f"{ordinals.get(k, f'{k}th')} {v:,}" for k, v in sorted(counts.items())]
+    if words:
+        words[0] = words[0].replace(" ", " delivery ")
+        most = [f"dead-letter at {terms.max_deliveries}"] if terms.max_deliveries else []
+        line.append(", ".join(words + most))
     if rows:
         line.append("release with %broker release")
     return " | ".join(line)

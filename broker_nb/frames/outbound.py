@@ -13,10 +13,12 @@ import pyarrow as pa
 from broker_nb.backends.driver import NO_PARTITION, Outbound
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.frames.jsontypes import JSON_TEXT, dump
+from broker_nb.frames.schema import HEAD, LEASE, TAIL
 from broker_nb.messages import Attribute, Attributes, OutboundMessage, make_attribute
 
 VALUE = "value_"
-_USED = frozenset({"key", "attributes", "partition"})
+_KNOWN = frozenset({*HEAD, *TAIL, LEASE})
+"""Every frame's own columns: that most of them do not travel needs no telling."""
 _ABSENT = object()
 
 
@@ -31,7 +33,7 @@ def from_messages(messages: Iterable[object]) -> list[Outbound]:
 
 
 def from_frame(frame: pd.DataFrame, body: str, column: str | None) -> tuple[list[Outbound], list[str]]:
-    """The rows to send, and the columns that were not used.
+    """The rows to send, and the columns of the person's own that were not used.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ def from_frame(frame: pd.DataFrame, body: str, column: str | None) -> tuple[list
     attributes = _attributes(frame["attributes"]) if "attributes" in names else repeat((), n)
     partitions = _partitions(frame["partition"]) if "partition" in names else repeat(NO_PARTITION, n)
     rows = list(map(Outbound, bodies, keys, attributes, partitions))
-    return rows, [name for name in names if name not in used | _USED]
+    return rows, [name for name in names if name not in used | _KNOWN]
 
 
 def _invalid(text: str) -> BrokerError:

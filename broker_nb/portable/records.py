@@ -206,6 +206,10 @@ class RecordSubscription:
             if s >= self._void_below.get(partition, 0) and not self._prefixes[partition].is_done(position)
         ]
 
+    def place(self, serial: int) -> tuple[int, Position]:
+        """Partition and position of a delivery that `held_serials` names."""
+        return self._places[serial]
+
     @anywhere
     async def rewind(self) -> int:
         """Read again what was read and is not committable; how many rows come again."""
