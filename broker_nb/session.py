@@ -151,6 +151,7 @@ class Session:
             allow=[_effect(a) for a in allow],
             partitions=partitions,
         )
+        frame: pd.DataFrame
         frame, caption = await read_look(
             look,
             topic,
@@ -216,6 +217,7 @@ class Session:
         holder = self._holder(opened)
         taken = await opened.take(n, timeout=timeout)
         name = functools.partial(settling.lease_text, holder)
+        frame: pd.DataFrame
         frame, counts = await read_taken(taken, topic, name, decode=decode, attributes=attributes)
         self.said.append(settling.taken_caption(opened, taken, counts, n, timeout, seconds))
         return frame
@@ -242,6 +244,7 @@ class Session:
 
         parts = settling.held_batches(self._holders)
         names = ", ".join(sub.name for sub in self._holders.values() if sub.held_count)
+        frame: pd.DataFrame
         frame, caption = await held_frame(parts, names)
         self.said.append(caption)
         return frame

@@ -15,7 +15,7 @@ from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.portable.messages import MessageSubscription, Settling
 from broker_nb.portable.pulling import Taken
 from broker_nb.portable.records import Committed as Stand
-from broker_nb.portable.records import RecordSubscription
+from broker_nb.portable.records import PlaceCodec, RecordSubscription
 
 if TYPE_CHECKING:
     from broker_nb.frames.results import Committed, Settled
@@ -106,8 +106,6 @@ def named_leases(verb: str, frame: Any, holders: Mapping[str, Subscription]) -> 
 
 def held_batches(holders: Mapping[str, Subscription]) -> list[tuple[Batch, list[str]]]:
     """Everything held now as batches, with the lease of each row. Of a log's rows only the places are still known."""
-    from broker_nb.frames.read import PlaceCodec
-
     made: list[tuple[Batch, list[str]]] = []
     for holder, subscription in holders.items():
         if isinstance(subscription, MessageSubscription):

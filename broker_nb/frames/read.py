@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from broker_nb.backends.driver import COLUMNS, Batch
+from broker_nb.backends.driver import Batch
 from broker_nb.frames import report as reports
 from broker_nb.frames.build import FrameBuilder, as_asked
 from broker_nb.frames.report import PartReport, ReadReport
@@ -200,15 +200,3 @@ def _build_taken(
     frame = as_asked(table, "pandas")
     frame.attrs.update(made.attrs())
     return frame, dict(counts)
-
-
-class PlaceCodec:
-    """Rows of a log of which only the place is still known: (topic, partition, position)."""
-
-    def columns(self, rows: Sequence[Any], want: frozenset[str]) -> dict[str, Any]:
-        made = {
-            "topic": [r[0] for r in rows],
-            "partition": [r[1] for r in rows],
-            "offset": [r[2][0] for r in rows],
-        }
-        return {name: made[name] for name in made.keys() & want & COLUMNS}

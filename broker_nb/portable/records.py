@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from broker_nb.backends.driver import Batch, Capabilities, Codec, Event, Facts, Outcome, Position, Settled, Source
+from broker_nb.backends.driver import Batch, Capabilities, Codec, Envelope, Event, Facts, Outcome, Position, Settled, Source
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.messages import Attributes, Record
 from broker_nb.portable.commits import Prefix
@@ -247,3 +247,23 @@ class RecordSubscription:
         if self._handle is not None:
             await self._handle.pulls.drained(self._slice + CLOSE_S)
             await self._handle.source.close()
+
+
+class PlaceCodec:
+    """Rows of a log of which only the place is still known: (topic, partition, position)."""
+
+    def columns(self, rows: Sequence[Any], want: frozenset[str]) -> Mapping[str, Any]:
+        made = {"topic": [r[0] for r in rows], "partition": [r[1] for r in rows], "offset": [r[2][0] for r in rows]}
+        return {name: made[name] for name in made.keys() & want}
+
+    def envelope(self, row: Any) -> Envelope:
+        topic, partition, position = row
+        name = f"{partition}:{position[0]}"
+        return Envelope(topic, partition, position, name, None, None, (), None, "", None, row)
+
+    def places(self, rows: Sequence[Any]) -> Sequence[tuple[int, Position]]:
+        return [(row[1], row[2]) for row in rows]
+
+    def size(self, row: Any) -> int:
+        del row
+        return 0
