@@ -289,7 +289,7 @@ class FrameBuilder:
         columns, self._columns = self._columns, {}
         if as_ == "pandas":
             frame = to_pandas(columns)
-            frame.attrs = report.attrs()
+            frame.attrs.update(report.attrs())
             return frame
         table = pa.table(columns).replace_schema_metadata({"broker_nb": json.dumps(report.attrs())})
         return table if as_ == "arrow" else importlib.import_module("polars").from_arrow(table)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from broker_nb.backends.driver import NO_PARTITION, Outbound
 from broker_nb.errors import BrokerError, ErrorKind
-from broker_nb.frames.jsontypes import JSON_TEXT, dump
+from broker_nb.frames.jsontypes import dump
 from broker_nb.frames.schema import HEAD, LEASE, TAIL
 from broker_nb.messages import Attribute, Attributes, OutboundMessage, make_attribute
 
@@ -98,7 +98,7 @@ def _cells(series: pd.Series[Any]) -> list[Any]:
     """The column's values in Python, None for what is missing; integers stay integers."""
     # Objects stay as they are: Arrow would give every dict the keys of all others.
     array = None if series.dtype == object else _arrow(series)
-    if array is not None and array.type != JSON_TEXT:
+    if array is not None:
         return list(array.to_pylist())
     return [None if _is_missing(cell) else cell for cell in series]
 
@@ -185,14 +185,8 @@ def _one(item: Any) -> Attribute:
 
 # ------------------------------------------------------------------ bodies out of value_* columns
 def _fields(frame: pd.DataFrame, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Field -> its cells; what is JSON text in the frame is a JSON value here."""
-    fields = {}
-    for name in names:
-        cells = _cells(frame[name])
-        if getattr(frame[name].dtype, "pyarrow_dtype", None) == JSON_TEXT:
-            cells = [None if c is None else orjson.loads(c) for c in cells]
-        fields[name[len(VALUE) :]] = cells
-    return fields
+    """Field -> its cells."""
+    return {name[len(VALUE) :]: _cells(frame[name]) for name in names}
 
 
 def _documents(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -243,7 +237,7 @@ def _encoded(frame: pd.DataFrame, names: Sequence[str]) -> list[bytes | None]:
         for field, cells in fields.items():
             original = document.get(field, _ABSENT)
             # An untouched field keeps its original form: null stays null, 1.0 stays 1.0, missing stays missing.
-            value = original if _same(cells[i], original) else cells[i]
+            value = original if _untouched(cells[i], original) else cells[i]
             if value is not _ABSENT:
                 row[field] = value
         try:
@@ -264,3 +258,10 @@ def _same(cell: Any, original: Any) -> bool:
     if isinstance(original, bool) or isinstance(cell, bool):
         return cell is original
     return bool(cell == original)
+
+
+def _untouched(cell: Any, original: Any) -> bool:
+    """The same for a whole field, which may stand in the frame as JSON text (a field of several types)."""
+    if _same(cell, original):
+        return True
+    return isinstance(cell, str) and original is not _ABSENT and cell.encode() == dump(original)

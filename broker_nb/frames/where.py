@@ -73,7 +73,7 @@ class Where:
         names = {node["identifier"] for node in found if node["class"] == "PARAMETER"}
         if missing := sorted(names - set(params or ())):
             raise _bad(text, f"{{{{{missing[0]}}}}} has no value; pass params={{'{missing[0]}': ...}}")
-        self._params = {name: params[name] for name in names} if params else {}
+        self._params = {name: (params or {})[name] for name in names}
         try:
             self._db.execute("SET TimeZone = $zone", {"zone": zone})
         except duckdb.Error:
@@ -89,7 +89,8 @@ class Where:
         except duckdb.Error as error:
             hint = '; offset is a reserved word of SQL, write "offset" in double quotes' if 'near "offset"' in str(error) else ""
             raise _bad(self.text, _said(error) + hint) from None
-        tree = json.loads(self._db.execute("SELECT json_serialize_sql($s::VARCHAR)", {"s": self._sql}).fetchall()[0][0])
+        (parsed,) = self._db.execute("SELECT json_serialize_sql($s::VARCHAR)", {"s": self._sql}).fetchall()[0]
+        tree: dict[str, Any] = json.loads(parsed)
         node = tree["statements"][0]["node"] if len(statements) == 1 and not tree["error"] else {"type": "none"}
         found = list(_nodes(node.get("select_list", [])))
         plain = node["type"] == "SELECT_NODE" and len(node["select_list"]) == 1 and not node["modifiers"]
@@ -131,7 +132,8 @@ class Where:
     def select(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of a frame that match."""
         keep = self.matches({str(name): frame[name] for name in frame.columns}, len(frame), open_fields=False)
-        return frame.loc[keep.to_numpy(zero_copy_only=False)]
+        kept: pd.DataFrame = frame.loc[keep.to_numpy(zero_copy_only=False)]
+        return kept
 
     def _run(self, columns: Mapping[str, Any], rows: int, *, open_fields: bool) -> Any:
         spelled = defaultdict(list)
