@@ -59,7 +59,9 @@ def test_a_third_party_backend_is_found_listed_and_used(installed):
 
 
 def test_a_third_party_backend_cannot_take_the_place_of_ours(installed):
-    (installed / "acme_broker-1.0.dist-info" / "entry_points.txt").write_text("[broker_nb.backends]\ninmem = acme_backend:AcmeDriver\n")
+    (installed / "acme_broker-1.0.dist-info" / "entry_points.txt").write_text(
+        "[broker_nb.backends]\ninmem = acme_backend:AcmeDriver\n"
+    )
     assert load("inmem") is InmemDriver
 
 
@@ -87,7 +89,7 @@ def test_other_import_errors_pass_through(tmp_path, monkeypatch, broken):
     monkeypatch.syspath_prepend(tmp_path)
     entry = backends._Entry("breaking_backend:Driver", "confluent_kafka", "kafka")
     monkeypatch.setitem(backends._SCHEMES, "breaking", entry)
-    with pytest.raises(ImportError, match="not_there_at_all|libfoo"):
+    with pytest.raises(ImportError, match=r"not_there_at_all|libfoo"):
         load("breaking")
 
 

@@ -252,10 +252,10 @@ class InmemBroker:
             return transaction
 
     def end(self, transaction: InmemTransaction, commit: bool) -> bool:
-        """Commit or abort, once; whether it ended that way. Positions of a member that lost its partition abort it."""
+        """Commit or abort, once; whether it ended that way. Positions of a member that lost partitions since abort it."""
         with self.lock:
             self.sweep()
-            owned = all(positions.keys() <= member.places.keys() for _, member, positions in transaction.positions)
+            owned = all(member.losses == losses for _, member, losses, _ in transaction.positions)
             self._finish(transaction, committed=commit and owned)
             return transaction.state == ("committed" if commit else "aborted")
 
@@ -271,7 +271,7 @@ class InmemBroker:
         transaction.state = "committed" if committed else "aborted"
         self._open.discard(transaction)
         if committed:
-            for group, member, positions in transaction.positions:
+            for group, member, _, positions in transaction.positions:
                 group.commit(member, positions)
         else:
             for topic, dedupe in transaction.dedupes:

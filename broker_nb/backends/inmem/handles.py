@@ -247,7 +247,7 @@ class GroupSource(InmemSource):
         super().__init__(broker, host, f"{group.topic.name}/{group.name}", group.topic)
         self.group = group
         self._codec = LogCodec(group.topic.name)
-        self.consumer = Member(lambda partitions: host.emit(Event("revoked", partitions=partitions, handle=self)), {})
+        self.consumer = Member(lambda partitions: host.emit(Event("revoked", partitions=partitions, handle=self)))
         group.join(self.consumer)
 
     async def pull(self, max_rows: int, max_bytes: int, wait: float) -> Batch | None:
@@ -340,7 +340,7 @@ class TransactionHandle:
             if gone := sorted(offsets.keys() - source.consumer.places.keys()):
                 text = f"{source.entity}: partition {gone[0]} is another member's now; abort the transaction"
                 raise self._host.error(ErrorKind.FENCED, source.entity, text)
-            self._state.positions.append((source.group, source.consumer, offsets))
+            self._state.positions.append((source.group, source.consumer, source.consumer.losses, offsets))
 
     async def commit(self) -> bool:
         with self._broker.faulty("end"):

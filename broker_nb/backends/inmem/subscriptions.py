@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from broker_nb.backends.driver import Backlog, Family, Settled, Verdict
@@ -253,10 +253,11 @@ class Queue:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One member of a group. `places` has the next offset of each partition that is assigned to it."""
+    """One member of a group."""
 
-    revoked: Callable[[frozenset[int]], None]
-    places: dict[int, int]
+    revoked: Callable[[frozenset[int]], None]  # told of partitions that went to others
+    places: dict[int, int] = field(default_factory=dict)  # assigned partition -> next offset
+    losses: int = 0  # how often partitions were taken away: what was read before may be another's work now
 
 
 class Group:
@@ -285,6 +286,8 @@ class Group:
         """Go; what was not committed comes to another member."""
         if member in self.members:
             self.members.remove(member)
+            member.places = {}
+            member.losses += 1
             self._deal()
 
     def _deal(self) -> None:
@@ -293,6 +296,7 @@ class Group:
             gone = member.places.keys() - set(mine)
             member.places = {p: member.places[p] if p in member.places else self._place(p) for p in mine}
             if gone:
+                member.losses += 1
                 member.revoked(frozenset(gone))
 
     def _place(self, partition: int) -> int:
@@ -329,11 +333,11 @@ class Group:
         self._turn += 1
         return taken
 
-    def commit(self, member: Member | None, positions: Mapping[int, int]) -> dict[int, Settled]:
+    def commit(self, member: Member, positions: Mapping[int, int]) -> dict[int, Settled]:
         """Store positions; LOST where the partition is another's now, REFUSED beyond the end of the log."""
         states = {}
         for partition, offset in positions.items():
-            if member is None or partition not in member.places:
+            if partition not in member.places:
                 states[partition] = Settled.LOST
             elif offset > self.topic.logs[partition].high:
                 states[partition] = Settled.REFUSED

@@ -32,7 +32,7 @@ class InmemTransaction:
     fenced: bool = False
     offsets: dict[tuple[Topic, Log], list[int]] = field(default_factory=dict)
     dedupes: list[tuple[Topic, DedupeId]] = field(default_factory=list)
-    positions: list[tuple[Group, Member, Mapping[int, int]]] = field(default_factory=list)
+    positions: list[tuple[Group, Member, int, Mapping[int, int]]] = field(default_factory=list)  # with Member.losses then
 
 
 class Topic:
