@@ -219,12 +219,15 @@ class FrameBuilder:
         else:
             order = order[-n:] if newest else order[:n]
         if len(order) < len(times) or (order[1:] < order[:-1]).any():
-            self._replace(lambda column: column.take(pa.array(order)))
+            rows = pa.array(order)
+            # Taking from many chunks is slow, and one chunk of binary holds 2 GB.
+            self._replace(lambda column: (column.combine_chunks() if column.nbytes < 2**31 else column).take(rows))
 
     def _replace(self, change: Callable[[Any], Any]) -> None:
         """Change every column, letting go of each old one at once."""
         for name in self._columns:
-            self._columns[name] = change(self._columns[name])
+            changed = change(self._columns[name])
+            self._columns[name] = changed if isinstance(changed, pa.ChunkedArray) else pa.chunked_array([changed])
 
     def _forgive(self) -> None:
         """In a read that is mostly no JSON, "auto" calls nobody undecodable for not looking like it."""

@@ -9,6 +9,7 @@ into floats. Everything else goes the slow way, row by row, where a bad row beco
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -174,10 +175,10 @@ def pieces(data: Any) -> Iterator[tuple[int, int]]:
     todo = [(0, len(data))]
     while todo:
         start, length = todo.pop()
-        part = data.slice(start, length)
-        if length > 1 and _count(_content(part), b":") * length > MAX_CELLS:
-            half = length // 2
-            todo += [(start + half, length - half), (start, half)]
+        cells = _count(_content(data.slice(start, length)), b":") * length
+        if length > 1 and cells > MAX_CELLS:
+            step = max(1, int(length / math.ceil(math.sqrt(cells / MAX_CELLS) + 0.1)))
+            todo += [(at, min(step, start + length - at)) for at in range(start, start + length, step)][::-1]
         elif length:
             yield start, length
 

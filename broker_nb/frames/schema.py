@@ -31,6 +31,7 @@ TAIL: Mapping[str, Any] = {
 }
 LEASE = "lease"
 
+_SMALL, _SMALL_CHUNK = 16 << 20, 64 << 10  # bytes
 _STR: Any = pd.StringDtype(storage="pyarrow", na_value=np.nan)
 _DTYPES: Mapping[Any, Any] = {
     TEXT: _STR,
@@ -67,9 +68,9 @@ def to_pandas(columns: dict[str, Any]) -> pd.DataFrame:
 
 
 def whole(column: Any) -> Any:
-    """The column in one chunk, unless it is too large for one: what follows is faster on it."""
-    size = sum(buffer.size for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None)
-    return pa.chunked_array([column.combine_chunks()]) if column.num_chunks > 1 and size < 2**31 else column
+    """The column in one chunk, unless it has few and large ones: copying those would cost more than it gains."""
+    small = column.num_chunks > 1 and column.nbytes < max(_SMALL, column.num_chunks * _SMALL_CHUNK)
+    return pa.chunked_array([column.combine_chunks()]) if small else column
 
 
 def _series(column: Any) -> Any:

@@ -91,7 +91,9 @@ class Where:
             raise _bad(self.text, _said(error) + hint) from None
         (parsed,) = self._db.execute("SELECT json_serialize_sql($s::VARCHAR)", {"s": self._sql}).fetchall()[0]
         tree: dict[str, Any] = json.loads(parsed)
-        node = tree["statements"][0]["node"] if len(statements) == 1 and not tree["error"] else {"type": "none"}
+        node: dict[str, Any] = {"type": "none"}
+        if len(statements) == 1 and not tree["error"]:
+            node = tree["statements"][0]["node"]
         found = list(_nodes(node.get("select_list", [])))
         plain = node["type"] == "SELECT_NODE" and len(node["select_list"]) == 1 and not node["modifiers"]
         if not plain or node["from_table"]["type"] != "BASE_TABLE":

@@ -112,6 +112,9 @@ def parse_range(text: str, zone: tzinfo = UTC, now: datetime | None = None) -> R
     timed = timed or tail.startswith("@")
     tail = tail.removeprefix("@").strip()
     end = None if tail in ("", "end") else _offset(text, tail) or clock.time(tail, timed, start)
+    for bound in (start, end):
+        if isinstance(bound, Time) and not 0 <= bound.ns <= _MAX_INT64:
+            raise _bad(text, "times are between 1970 and 2262")
     match start, end:
         case (Offset(a), Offset(b)) | (Time(a), Time(b)) if b <= a:
             raise _bad(text, "it ends before it starts" if b < a else "it is empty, because the end is not included")
