@@ -25,7 +25,7 @@ from broker_nb.backends.driver import (
     Verdict,
 )
 from broker_nb.backends.inmem.broker import InmemBroker
-from broker_nb.backends.inmem.demo import DemoDriver, demo_broker
+from broker_nb.backends.inmem.demo import DemoDriver, demo_broker, fill
 from broker_nb.backends.inmem.driver import InmemDriver
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.messages import make_attribute
@@ -831,6 +831,9 @@ def test_times_are_found_also_where_producers_set_them_unsorted():
             assert await driver.locate(T, {0: 31}) == {0: None}
             driver.broker.publish("t", [Outbound(b"", partition=0, time_ns=t) for t in (5, 40)])
             assert not (await driver.facts(T)).look.sorted_times
+            assert (await driver.summaries([T]))[0].last_minute == 0
+            driver.broker.publish("t", rows("now"))
+            assert (await driver.summaries([T]))[0].last_minute == 1
             assert await driver.locate(T, {0: 31}) == {0: (5,)}
             with pytest.raises(BrokerError, match=r"partition 2 is not there; it has 0\.\.1"):
                 await driver.locate(T, {2: 0})
@@ -1022,6 +1025,7 @@ def test_entities_match_the_pattern_topics_first():
             assert [e async for e in driver.entities()] == [T, Entity(Kind.TOPIC, "orders"), sub("debug", "orders")]
             assert [e async for e in driver.entities("o*")] == [Entity(Kind.TOPIC, "orders"), sub("debug", "orders")]
             assert [e async for e in driver.entities("O*")] == []
+            assert (await driver.summaries([T]))[0].oldest_ns is None
             assert [s.kind for s in await driver.summaries([T, Entity(Kind.TOPIC, "orders")])] == ["log + queue", "queue"]
 
     run(test())
@@ -1126,7 +1130,8 @@ def test_the_loop_is_never_held_for_long():
 # ------------------------------------------------------------------ demo
 def test_the_demo_has_what_the_first_five_minutes_show():
     async def test():
-        driver = await DemoDriver.open({"hosts": []}, Host())
+        driver = DemoDriver(InmemBroker(), Host())
+        fill(driver.broker)
         names = ["orders", "orders.dlq", "payments"]
         summaries = await driver.summaries([Entity(Kind.TOPIC, name) for name in names])
         assert [(s.partitions, s.messages, s.kind) for s in summaries] == [
@@ -1134,6 +1139,7 @@ def test_the_demo_has_what_the_first_five_minutes_show():
             (1, 37, "log"),
             (2, 8_000, "log + queue"),
         ]
+        assert 190 <= summaries[0].last_minute <= 200
         for summary in summaries:
             assert summary.newest_ns <= time.time_ns()
             assert summary.newest_ns - summary.oldest_ns < 3600 * 10**9
@@ -1158,9 +1164,7 @@ def test_the_demo_has_what_the_first_five_minutes_show():
 
 
 def test_the_demo_is_one_per_process_and_quick_to_make():
-    assert demo_broker() is InmemBroker.get("demo")
-    from broker_nb.backends.inmem.demo import fill
-
+    assert run(DemoDriver.open({"hosts": []}, Host())).broker is demo_broker() is InmemBroker.get("demo")
     first, second = InmemBroker(), InmemBroker()
     began = time.perf_counter()
     fill(first)

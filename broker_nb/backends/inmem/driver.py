@@ -46,6 +46,7 @@ from broker_nb.backends.inmem.subscriptions import Group, Queue
 from broker_nb.backends.inmem.topic import Topic
 from broker_nb.errors import ErrorKind
 
+_MINUTE_NS = 60 * 10**9
 H = TypeVar("H", InmemBrowser, QueueSource, GroupSource, InmemSender)
 
 
@@ -136,6 +137,7 @@ class InmemDriver:
 
     def _summary(self, entity: Entity, topic: Topic) -> Summary:
         filled = [log for log in topic.logs if log.rows]
+        since = self.broker.clock.time_ns() - _MINUTE_NS
         words = {Family.RECORD: "log", Family.MESSAGE: "queue"}
         return Summary(
             entity=entity,
@@ -144,6 +146,7 @@ class InmemDriver:
             bytes=sum(log.size for log in topic.logs),
             oldest_ns=min((log.rows[0].time_ns for log in filled), default=None),
             newest_ns=max((log.rows[-1].time_ns for log in filled), default=None),
+            last_minute=sum(log.count_since(since) for log in filled),
             kind=" + ".join(word for family, word in words.items() if family in topic.families),
         )
 

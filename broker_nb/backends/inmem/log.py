@@ -125,6 +125,12 @@ class Log:
             return self.rows[index].offset if index < len(self.rows) else None
         return next((row.offset for row in self.rows if row.time_ns >= time_ns), None)
 
+    def count_since(self, time_ns: int) -> int:
+        """How many rows have that time or a later one."""
+        if self.sorted_times:
+            return len(self.rows) - bisect_left(self.rows, time_ns, key=_TIME)
+        return sum(row.time_ns >= time_ns for row in self.rows)
+
     def delete_before(self, offset: int) -> None:
         """Rows below `offset` age out; those of an open transaction stay."""
         offset = min(offset, self.stable)
