@@ -20,8 +20,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Attribute(NamedTuple):
     """One attribute (header, property) of a message.
 
-    `value` is in canonical bytes (text as UTF-8, numbers and times as text); `type` is "" where the broker has one type only, else
-    "str", "bytes", "int", "float", "bool", "datetime" or "uuid".
+    `value` is in canonical bytes (text as UTF-8, numbers and times as text); `type` is "" where the broker has one type only,
+    else "str", "bytes", "int", "float", "bool", "datetime" or "uuid".
     """
 
     name: str
@@ -44,7 +44,7 @@ class Attributes(Sequence[Attribute]):
 
     @classmethod
     def of(cls, given: Attributes | Mapping[str, AttributeValue] | Iterable[tuple[str, AttributeValue]] | None) -> Attributes:
-        """From a mapping, from (name, value) pairs, or from Attributes.
+        """From a mapping, from (name, value) pairs, or from attributes, which keep their types.
 
         Raises
         ------
@@ -55,8 +55,10 @@ class Attributes(Sequence[Attribute]):
             return cls()
         if isinstance(given, Attributes):
             return given
-        pairs = given.items() if isinstance(given, Mapping) else given
-        return cls(make_attribute(*pair) for pair in pairs)
+        pairs: object = given.items() if isinstance(given, Mapping) else given
+        if not isinstance(pairs, Iterable):
+            raise BrokerError(ErrorKind.INVALID, "attributes", f"attributes {given!r}: give a mapping or (name, value) pairs")
+        return cls(map(_from_pair, pairs))
 
     @overload
     def __getitem__(self, index: int) -> Attribute: ...
@@ -96,7 +98,15 @@ class Attributes(Sequence[Attribute]):
         return None if last is None else last.decode("utf-8", "replace")
 
 
-def make_attribute(name: object, value: object = None, *_: object) -> Attribute:
+def _from_pair(pair: object) -> Attribute:
+    if isinstance(pair, Attribute):
+        return pair
+    if isinstance(pair, tuple | list) and len(pair) == 2:
+        return make_attribute(*pair)
+    raise BrokerError(ErrorKind.INVALID, "attributes", f"attribute {pair!r} is not a (name, value) pair")
+
+
+def make_attribute(name: object, value: object = None) -> Attribute:
     """One attribute out of a Python value; nothing is formatted silently: the type stays beside the bytes."""
     if not isinstance(name, str):
         raise BrokerError(ErrorKind.INVALID, repr(name), f"attribute name {name!r} is not text; use a str")

@@ -1,0 +1,70 @@
+"""A client's message -> values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
+
+from broker_nb.backends.driver import Column, Envelope, Position
+from broker_nb.messages import Attribute
+
+_MS = 1_000_000
+
+
+def _times(rows: Sequence[Message]) -> list[int | None]:
+    times: list[int | None] = [m.timestamp()[1] * _MS for m in rows]
+    # The client's -1 stands for "none" only together with its type; a producer may set a time before 1970.
+    if any(t < 0 for t in times):  # type: ignore[operator] # no None yet
+        return [_time(m) for m in rows]
+    return times
+
+
+def _time(message: Message) -> int | None:
+    kind, ms = message.timestamp()
+    return ms * _MS if kind and ms != -1 else None
+
+
+class KafkaCodec:
+    """Rows of one topic. `id` is "partition:offset"."""
+
+    def __init__(self, topic: str) -> None:
+        self._topic = topic
+        self._columns: dict[str, Callable[[Sequence[Message]], Column]] = {
+            "topic": lambda rows: topic,
+            "partition": lambda rows: [m.partition() for m in rows],
+            "offset": lambda rows: [m.offset() for m in rows],
+            "key": lambda rows: [m.key() for m in rows],
+            "data": lambda rows: [m.value() for m in rows],
+            "attributes": lambda rows: [m.headers() for m in rows],
+            "publish_time_ns": _times,
+            "delivery_count": lambda rows: None,
+        }
+
+    def columns(self, rows: Sequence[Any], want: frozenset[str]) -> Mapping[str, Column]:
+        return {name: make(rows) for name, make in self._columns.items() if name in want}
+
+    def envelope(self, row: Message) -> Envelope:
+        partition, offset = row.partition(), row.offset()
+        assert partition is not None and offset is not None  # noqa: S101 - only an error has neither
+        return Envelope(
+            topic=self._topic,
+            partition=partition,
+            position=(offset,),
+            id=f"{partition}:{offset}",
+            key=row.key(),
+            data=row.value(),
+            attributes=[Attribute(name, value) for name, value in row.headers() or ()],
+            publish_time_ns=_time(row),
+            time_is="server" if row.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else "producer",
+            delivery_count=None,
+            native=row,
+        )
+
+    def places(self, rows: Sequence[Any]) -> Sequence[tuple[int, Position]]:
+        return [(m.partition(), (m.offset(),)) for m in rows]
+
+    def size(self, row: Message) -> int:
+        key = row.key()
+        return len(row) + (len(key) if key else 0)

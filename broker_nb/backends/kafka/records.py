@@ -1,0 +1,200 @@
+"""Taking: a member of a consumer group, which commits a position per partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from broker_nb.backends.driver import Batch, Event, Host, Lane, Outcome, Position, Settled, Settlement, TakeOptions
+from broker_nb.backends.kafka.client import Settings, failure, fetch, kind_of, log, offset_of, split
+from broker_nb.backends.kafka.codec import KafkaCodec
+from broker_nb.errors import BrokerError, ErrorKind
+
+_CLOSE_S = 1.9
+_REST_S = 1.0  # how often an idle member polls: also how long a rebalance of the group may wait for us
+_SEEK_TRIES = 20
+_LOST = frozenset({ErrorKind.LEASE_LOST, ErrorKind.FENCED})
+_RETRY = frozenset({ErrorKind.UNREACHABLE, ErrorKind.TIMEOUT, ErrorKind.THROTTLED, ErrorKind.TRANSIENT})
+
+
+def member_config(settings: Settings, group: str, options: TakeOptions) -> dict[str, Any]:
+    """Settings of a group member."""
+    ours = {
+        "auto.offset.reset": options.start,
+        "isolation.level": "read_committed",
+        "fetch.wait.max.ms": 100,
+        "queued.min.messages": max(1000, options.max_held),
+        # Bounds of a commit while the broker is away; the client's own are 10 min and 1 min.
+        "coordinator.query.interval.ms": 5_000,
+        "socket.timeout.ms": 10_000,
+    }
+    return settings.config(ours, {"group.id": group, "enable.auto.commit": False, "enable.partition.eof": False}, options.native)
+
+
+class KafkaSource:
+    """One member of one group, reading one topic. Leaves the group when closed."""
+
+    def __init__(self, topic: str, group: str, lane: Lane, host: Host, settings: Settings) -> None:
+        self._topic, self._group, self._lane, self._host, self._settings = topic, group, lane, host, settings
+        self._codec = KafkaCodec(topic)
+        self._consumer: Consumer
+        self._assigned: set[int] = set()
+        self._resting = False
+        self._rows: list[Message] = []  # read and not handed out
+        self._failed: BrokerError | None = None
+        self._closed = False
+        self.member_id: str | None = None
+
+    async def join(self, config: dict[str, Any]) -> None:
+        """Become a member; partitions come with the first pulls."""
+        try:
+            await self._lane.run(self._join, config)
+        except KafkaException as error:
+            self._lane.close()
+            raise failure(self._host, self._group, error) from error
+        longest = float(config.get("max.poll.interval.ms", 300_000)) / 1000
+        self._lane.idle(self._rest, min(_REST_S, longest / 4))
+
+    def _join(self, config: dict[str, Any]) -> None:
+        self._consumer = Consumer(config)
+        self._consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke)
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._assigned |= {tp.partition for tp in partitions}
+        self.member_id = consumer.memberid()
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        del consumer
+        gone = frozenset(tp.partition for tp in partitions)
+        self._assigned -= gone
+        self._rows = [m for m in self._rows if m.partition() not in gone]
+        if gone and not self._closed:
+            self._host.emit(Event("revoked", partitions=gone, handle=self))
+
+    def _rest(self) -> None:
+        """Stay a member while a person thinks: poll, with the partitions paused so that no row comes."""
+        if self._closed:
+            return
+        self._consumer.pause(self._consumer.assignment())
+        self._resting = True
+        self._take(fetch(self._consumer, 1, 0, 0))
+
+    def _take(self, fetched: list[Message]) -> None:
+        rows, events = split(fetched)
+        self._rows += rows
+        for event in events:
+            error = event.error()
+            assert error is not None  # noqa: S101 - `split` put it here for that
+            if error.code() == KafkaError._MAX_POLL_EXCEEDED:
+                log.warning("%s: out of the group for a while, because this process was stopped; joining again", self._group)
+            else:
+                self._failed = failure(self._host, f"{self._topic}/{self._group}", error)
+
+    # -------------------------------------------------------------- reading
+    async def pull(self, max_rows: int, max_bytes: int, wait: float) -> Batch | None:
+        self._check_open()
+        if not self._rows:
+            await self._lane.run(self._pull, max_rows, max_bytes, wait)
+        rows, self._rows = self._rows[:max_rows], self._rows[max_rows:]
+        if rows:
+            self._settings.health.on_answer()
+            return Batch(self._codec, rows)
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+        return None
+
+    def _pull(self, max_rows: int, max_bytes: int, wait: float) -> None:
+        """On the lane: what was read stays in the handle until somebody takes it, also when the caller was cancelled."""
+        if self._rows or self._closed:
+            return
+        if self._resting:
+            self._consumer.resume(self._consumer.assignment())
+            self._resting = False
+        self._take(fetch(self._consumer, max_rows, max_bytes, wait))
+
+    async def seek(self, positions: Mapping[int, Position]) -> None:
+        self._check_open()
+        for _ in range(_SEEK_TRIES):
+            positions = await self._lane.run(self._seek, positions)
+            if not positions:
+                return
+        raise self._host.error(
+            ErrorKind.TRANSIENT, self._topic, f"{self._topic}: the client is not ready to read from elsewhere; try again", retryable=True
+        )
+
+    def _seek(self, positions: Mapping[int, Position]) -> Mapping[int, Position]:
+        """On the lane. Returns what has to be tried again: a partition that was just assigned does not take it yet."""
+        self._rows = [m for m in self._rows if m.partition() not in positions]
+        late = {}
+        for partition, position in positions.items():
+            if partition not in self._assigned:
+                continue  # its new owner begins where was committed
+            try:
+                self._consumer.seek(TopicPartition(self._topic, partition, offset_of(position)))
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError._STATE:
+                    raise failure(self._host, f"{self._topic}[{partition}]", error) from error
+                late[partition] = position
+        if late:
+            self._take(fetch(self._consumer, 1, 0, 0.1))
+        return late
+
+    # -------------------------------------------------------------- committing
+    async def commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
+        self._check_open()
+        return await self._lane.run(self._commit, positions)
+
+    def _commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
+        """On the lane, where partitions come and go: the broker would take a commit for a partition that is no longer ours."""
+        outcomes = {p: Outcome(Settled.LOST) for p in positions if p not in self._assigned}
+        ours = [TopicPartition(self._topic, p, offset_of(at)) for p, at in positions.items() if p in self._assigned]
+        if not ours:
+            return outcomes
+        try:
+            for tp in self._consumer.commit(offsets=ours, asynchronous=False):
+                outcomes[tp.partition] = self._outcome(tp.error) if tp.error is not None else Outcome(Settled.CONFIRMED)
+        except KafkaException as error:
+            outcomes |= dict.fromkeys((tp.partition for tp in ours), self._outcome(error.args[0]))
+        return outcomes
+
+    def _outcome(self, error: KafkaError) -> Outcome:
+        kind = kind_of(error)
+        state = Settled.LOST if kind in _LOST else Settled.RETRY if kind in _RETRY else Settled.REFUSED
+        return Outcome(state, failure(self._host, f"{self._topic}/{self._group}", error))
+
+    async def settle(self, items: Sequence[Settlement]) -> NoReturn:
+        raise self._positions_only()
+
+    async def extend(self, tokens: Sequence[object], seconds: float) -> NoReturn:
+        raise self._positions_only()
+
+    def _positions_only(self) -> BrokerError:
+        text = f"{self._group}: rows of a log are not settled one by one; commit a position"
+        return self._host.error(ErrorKind.UNSUPPORTED, self._group, text)
+
+    # -------------------------------------------------------------- closing
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._host.error(ErrorKind.CLOSED, self._group, f"{self._group}: this member has left; subscribe again")
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        leaving = asyncio.ensure_future(self._lane.run(self._consumer.close))
+        self._lane.close()
+        # Without a broker nobody can be told; the lane ends by itself when the client gives up.
+        await asyncio.wait({leaving}, timeout=_CLOSE_S)
+        if not leaving.done():
+            leaving.add_done_callback(_log_late)
+        elif (error := leaving.exception()) is not None:
+            log.warning("%s: leaving: %s", self._group, error)
+
+
+def _log_late(leaving: asyncio.Future[None]) -> None:
+    if not leaving.cancelled():
+        log.info("%s: left late", leaving.exception() or "group")
