@@ -55,7 +55,7 @@ class KafkaCodec:
             id=f"{partition}:{offset}",
             key=row.key(),
             data=row.value(),
-            attributes=[Attribute(name, value) for name, value in row.headers() or ()],
+            attributes=[Attribute(*header) for header in row.headers() or ()],  # type: ignore[arg-type] # values are bytes or None
             publish_time_ns=_time(row),
             time_is="server" if row.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else "producer",
             delivery_count=None,

@@ -84,6 +84,8 @@ class Writer:
     def __init__(self, settings: Settings, host: Host, lane: Lane, batch: int, native: Mapping[str, Any]) -> None:
         forced = {"enable.idempotence": True, "acks": "all"}
         self._config = settings.config(_OURS | {"batch.size": batch}, forced, native)
+        compression = self._config.get("compression.codec", self._config.get("compression.type", "none"))
+        self.compresses = compression != "none"
         self._host, self._lane, self._settings = host, lane, settings
         self._producer: Producer | None = None
         self._fatal = False
@@ -136,7 +138,7 @@ class Writer:
         topic, rows, report = sending.topic, sending.rows, sending.report
         for n, i in enumerate(todo):
             data, key, attributes, partition, time_ns, _, _ = rows[i]
-            headers = [(a[0], a[1]) for a in attributes] if attributes else None
+            headers: list[tuple[str, str | bytes | None]] | None = [(a[0], a[1]) for a in attributes] if attributes else None
             stamp = 0 if time_ns is None else time_ns // 1_000_000
             while not sending.failed:
                 try:
