@@ -316,7 +316,7 @@ class Records(Pull[Record]):
 
     A record cannot be given back, and passing over one would let a later commit lose it. So what was taken and not handed over
     stays here for the next call, and after `close` comes to whoever reads the group next. Handlers that run at the same time use
-    `ack`, which commits only the contiguous prefix, not `commit_to`.
+    `ack`, which commits only the contiguous prefix, not `commit_to`; a record whose handler failed stays uncommitted.
     """
 
     _one_by = "next_record"
