@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, chain
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -145,12 +144,12 @@ def _attributes(values: Any, n: int) -> Any:
     rows = [row or () for row in values] or [()] * n
     offsets = pa.array(list(accumulate(map(len, rows), initial=0)), pa.int32())
     flat = list(chain.from_iterable(rows))
-    names = pa.array(list(map(itemgetter(0), flat)), pa.string())
-    data = pa.array(list(map(itemgetter(1), flat)), pa.binary())
-    if set(map(len, flat)) <= {2}:
-        types = pa.nulls(len(flat), pa.string())
-    else:
-        types = pa.array([(a[2] or None) if len(a) > 2 else None for a in flat], pa.string())
+    try:
+        parts = list(zip(*flat, strict=True)) or [(), ()]  # names, values and, from a broker with types, types
+    except ValueError:  # some have a type, others not
+        parts = list(zip(*((*a, None)[:3] for a in flat), strict=True))
+    names, data = pa.array(parts[0], pa.string()), pa.array(parts[1], pa.binary())
+    types = pa.array([t or None for t in parts[2]], pa.string()) if len(parts) > 2 else pa.nulls(len(flat), pa.string())
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays([names, types, data], fields=list(ATTRIBUTES.value_type)))
 
 
