@@ -88,6 +88,11 @@ class FrameBuilder:
         if self._where is not None:
             self._where.check({f.name: f.type for f in self._schema()})
 
+    @property
+    def filtering(self) -> bool:
+        """Whether a condition leaves rows out."""
+        return self._where is not None
+
     def _schema(self, values: Mapping[str, Any] | None = None) -> Any:
         return frame_schema(self._attributes.values(), values, leases=self._leases)
 

@@ -21,6 +21,8 @@ from broker_nb.frames.schema import ATTRIBUTES, TEXT, TIME
 # The years 1-9999, which is what datetime, DuckDB and the repr of a frame can show.
 MIN_US, MAX_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 
+_PAIRS = pa.map_(pa.string(), pa.binary())  # only to convert pairs in one go; a map's names may repeat here
+
 _gc_lock = threading.Lock()
 _gc_pauses = 0
 _gc_was_on = False
@@ -138,10 +140,19 @@ def _readable(key: Any) -> Any:
 def _attributes(values: Any, n: int) -> Any:
     """Per row a sequence of (name, value) or (name, value, type), or None, as list<struct<name, type, value>>."""
     if values is None:
-        values = ()
+        values = [None] * n
     elif hasattr(values, "__arrow_c_array__"):
         return pa.array(values).cast(ATTRIBUTES)
-    rows = [row or () for row in values] or [()] * n
+    try:
+        pairs = pa.array(values, _PAIRS)
+    except pa.ArrowInvalid:  # with types, or some without a name: the slower way
+        return _typed_attributes([row or () for row in values])
+    types = pa.nulls(len(pairs.keys), pa.string())
+    flat = pa.StructArray.from_arrays([pairs.keys, types, pairs.items], fields=list(ATTRIBUTES.value_type))
+    return pa.ListArray.from_arrays(pairs.offsets, flat)
+
+
+def _typed_attributes(rows: Sequence[Sequence[Any]]) -> Any:
     offsets = pa.array(list(accumulate(map(len, rows), initial=0)), pa.int32())
     flat = list(chain.from_iterable(rows))
     try:

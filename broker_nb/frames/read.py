@@ -10,6 +10,7 @@ from typing import Any
 
 from broker_nb.backends.driver import Batch
 from broker_nb.frames.build import FrameBuilder, check_format
+from broker_nb.frames.columns import paused_gc
 from broker_nb.frames.report import PartReport, ReadReport
 from broker_nb.portable.look import READ_ROWS, Look
 from broker_nb.portable.pulling import Taken
@@ -36,25 +37,11 @@ async def read_look(
     builder = await asyncio.to_thread(
         FrameBuilder, decode=decode, attributes=attributes, where=where, params=params, zone=zone, span=asked
     )
-    trimming = asked.newest is not None or asked.oldest is not None
-    read_rows = READ_ROWS if trimming or where is not None else min(READ_ROWS, limit)
-    async with contextlib.aclosing(look.batches(timeout, read_rows)) as batches:
-        converting: asyncio.Future[int] | None = None
-        async for batch in batches:
-            if converting is not None:
-                await converting
-            converting = None
-            if builder.rows >= limit and not trimming:
-                look.stop(f"limit of {limit:,} messages")
-                break
-            if builder.bytes >= max_bytes:
-                look.stop(f"limit of {max_bytes:,} bytes")
-                break
-            converting = asyncio.ensure_future(asyncio.to_thread(builder.add, batch))
-        if converting is not None:
-            await converting
-    before = builder.rows
-    kept = await asyncio.to_thread(builder.finish, limit)
+    with paused_gc():
+        await _convert(look, builder, limit, max_bytes, timeout)
+        before = builder.rows
+        kept = await asyncio.to_thread(builder.finish, limit)
+    trimming = _trims(look)
     if kept == limit and (trimming or before > limit):
         wanted = (asked.newest or asked.oldest or 0) * (len(summary.parts) if asked.per_partition else 1)
         if not trimming or min(wanted, before) > limit:
@@ -77,6 +64,31 @@ async def read_look(
         **_with_notes(await asyncio.to_thread(builder.counts), summary.notes),
     )
     return await asyncio.to_thread(builder.to, as_, made), made.caption()
+
+
+def _trims(look: Look) -> bool:
+    return look.asked.newest is not None or look.asked.oldest is not None
+
+
+async def _convert(look: Look, builder: FrameBuilder, limit: int, max_bytes: int, timeout: float | None) -> None:
+    """Read the look to its end or to a limit, converting a batch while the next is fetched."""
+    trimming = _trims(look)
+    read_rows = READ_ROWS if trimming or builder.filtering else min(READ_ROWS, limit)
+    async with contextlib.aclosing(look.batches(timeout, read_rows)) as batches:
+        converting: asyncio.Future[int] | None = None
+        async for batch in batches:
+            if converting is not None:
+                await converting
+            converting = None
+            if builder.rows >= limit and not trimming:
+                look.stop(f"limit of {limit:,} messages")
+                break
+            if builder.bytes >= max_bytes:
+                look.stop(f"limit of {max_bytes:,} bytes")
+                break
+            converting = asyncio.ensure_future(asyncio.to_thread(builder.add, batch))
+        if converting is not None:
+            await converting
 
 
 def _with_notes(counts: dict[str, Any], notes: Iterable[str]) -> dict[str, Any]:

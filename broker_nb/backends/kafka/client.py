@@ -115,7 +115,9 @@ def failure(host: Host, entity: str, cause: KafkaError | KafkaException) -> Brok
         return host.error(ErrorKind.UNKNOWN, entity, str(cause))
     kind = kind_of(error)
     if kind is ErrorKind.NOT_FOUND:
-        return host.error(kind, entity, f"{entity}: not on this broker, and not created; check the name against the list of topics")
+        return host.error(
+            kind, entity, f"{entity}: not on this broker, and not created; check the name against the list of topics"
+        )
     text = error.str().removeprefix("Broker: ").removeprefix("Local: ")
     return host.error(kind, entity, f"{entity}: {text}", retryable=kind in _RETRYABLE)
 
@@ -124,7 +126,9 @@ def topic_name(host: Host, name: str) -> str:
     """`name`, if it can be a topic's. The client crashes the process on text that is not UTF-8, so nothing else gets to it."""
     if not _TOPIC.fullmatch(name) or name in (".", ".."):
         raise host.error(
-            ErrorKind.INVALID, name, f"{name!r} cannot be a Kafka topic: 1 to 249 ASCII letters, digits, dots, _ and - are allowed"
+            ErrorKind.INVALID,
+            name,
+            f"{name!r} cannot be a Kafka topic: 1 to 249 ASCII letters, digits, dots, _ and - are allowed",
         )
     return name
 
@@ -207,7 +211,7 @@ class Settings:
         self._host = host
         self.health = Health(host, self.servers)
 
-    def config(self, ours: Mapping[str, Any], forced: Mapping[str, Any], native: Mapping[str, Any] = {}) -> dict[str, Any]:  # noqa: B006 - never changed
+    def config(self, ours: Mapping[str, Any], forced: Mapping[str, Any], native: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Settings of one handle: our defaults, the profile's options, the call's own, and what must not be changed."""
         asked = {"bootstrap.servers": self.servers, "client.id": "broker_nb", **ours, **self._options, **native}
         for name, value in asked.items():
@@ -242,4 +246,5 @@ def split(rows: list[Message]) -> tuple[list[Message], list[Message]]:
 
 def last_offsets(rows: list[Message]) -> dict[int, int]:
     """Per partition the offset of its last row."""
-    return dict(zip(map(Message.partition, rows), map(Message.offset, rows), strict=True))  # type: ignore[arg-type] # a message has both
+    last = dict(zip(map(Message.partition, rows), rows, strict=True))
+    return {partition: message.offset() for partition, message in last.items()}  # type: ignore[misc] # a message has both

@@ -16,7 +16,7 @@ _MS = 1_000_000
 def _times(rows: Sequence[Message]) -> list[int | None]:
     times: list[int | None] = [m.timestamp()[1] * _MS for m in rows]
     # The client's -1 stands for "none" only together with its type; a producer may set a time before 1970.
-    if any(t < 0 for t in times):  # type: ignore[operator] # no None yet
+    if times and min(times) < 0:  # type: ignore[type-var,operator] # no None yet
         return [_time(m) for m in rows]
     return times
 
@@ -47,7 +47,8 @@ class KafkaCodec:
 
     def envelope(self, row: Message) -> Envelope:
         partition, offset = row.partition(), row.offset()
-        assert partition is not None and offset is not None  # noqa: S101 - only an error has neither
+        assert partition is not None  # noqa: S101 - only an error has none
+        assert offset is not None  # noqa: S101 - only an error has none
         return Envelope(
             topic=self._topic,
             partition=partition,
@@ -55,7 +56,7 @@ class KafkaCodec:
             id=f"{partition}:{offset}",
             key=row.key(),
             data=row.value(),
-            attributes=[Attribute(*header) for header in row.headers() or ()],  # type: ignore[arg-type] # values are bytes or None
+            attributes=[Attribute(*header) for header in row.headers() or ()],
             publish_time_ns=_time(row),
             time_is="server" if row.timestamp()[0] == TIMESTAMP_LOG_APPEND_TIME else "producer",
             delivery_count=None,

@@ -102,9 +102,7 @@ class Looks:
 class KafkaBrowser:
     """A look over fixed pieces of one topic."""
 
-    def __init__(
-        self, looks: Looks, warm: Warm, host: Host, settings: Settings, topic: str, pieces: Sequence[Piece]
-    ) -> None:
+    def __init__(self, looks: Looks, warm: Warm, host: Host, settings: Settings, topic: str, pieces: Sequence[Piece]) -> None:
         self._looks, self._warm, self._host, self._settings, self._topic = looks, warm, host, settings, topic
         self._codec = KafkaCodec(topic)
         self._starts = {p.partition: offset_of(p.start) for p in pieces}

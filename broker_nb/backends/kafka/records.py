@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -123,7 +123,10 @@ class KafkaSource:
             if not positions:
                 return
         raise self._host.error(
-            ErrorKind.TRANSIENT, self._topic, f"{self._topic}: the client is not ready to read from elsewhere; try again", retryable=True
+            ErrorKind.TRANSIENT,
+            self._topic,
+            f"{self._topic}: the client is not ready to read from elsewhere; try again",
+            retryable=True,
         )
 
     def _seek(self, positions: Mapping[int, Position]) -> Mapping[int, Position]:

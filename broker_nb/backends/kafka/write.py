@@ -209,7 +209,9 @@ class KafkaSender:
         if time_ns < 1_000_000:
             return "the time is 1970-01-01 or before, which the client cannot send; leave it out"
         if self._ahead_ms is not None and time_ns / 1e6 > time.time() * 1000 + self._ahead_ms:
-            return f"the time is in the future, more than {self._topic} takes ({self._ahead_ms} ms, message.timestamp.after.max.ms)"
+            return (
+                f"the time is in the future, more than {self._topic} takes ({self._ahead_ms} ms, message.timestamp.after.max.ms)"
+            )
         return None
 
     async def send(self, rows: Sequence[Outbound]) -> Sequence[SendResult]:
