@@ -28,6 +28,11 @@ GOOD = LockedFile(f"org.example:thing:1.0 {hashlib.sha256(BODY).hexdigest()}")
 UP = [sys.executable, "-m", "broker_nb", "up"]
 
 
+def slow(test: Callable[..., None]) -> Callable[..., None]:
+    """Starts a Kafka of its own; such tests run one after the other."""
+    return pytest.mark.slow(pytest.mark.xdist_group("servers")(test))
+
+
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -160,7 +165,7 @@ def test_no_java_and_no_wheel_says_what_to_install(tmp_path: pathlib.Path, monke
         java.java()
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.usefixtures("old_java")
 def test_kafka_on_the_java_that_comes_as_a_wheel() -> None:
     with servers.OwnServer("kafka") as server:
@@ -268,7 +273,7 @@ def test_topics(kafka_url: str) -> None:
     assert not [name for name in admin.list_topics(timeout=10).topics if name.startswith("broker-nb-ready")]
 
 
-@pytest.mark.slow
+@slow
 def test_taken_between_look_and_start_then_killed_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from confluent_kafka import Producer
     from confluent_kafka.admin import AdminClient
@@ -305,7 +310,7 @@ def up(*arguments: object) -> tuple[subprocess.Popen[str], str]:
     return program, re.search(r"^  %broker connect (kafka://127\.0\.0\.1:\d+)$", printed, re.M)[1]
 
 
-@pytest.mark.slow
+@slow
 def test_up_prints_keeps_and_stops(tmp_path: pathlib.Path) -> None:
     from confluent_kafka import Producer
     from confluent_kafka.admin import AdminClient
@@ -373,7 +378,7 @@ def inner_run(folder: pathlib.Path, test: str, *options: str, **env: str) -> sub
 
 
 @linux_only
-@pytest.mark.slow
+@slow
 def test_one_server_for_all_workers_ended_when_the_run_is_killed(tmp_path: pathlib.Path) -> None:
     run = inner_run(tmp_path, INNER, "-n", "2")
     asked = [tmp_path / "a", tmp_path / "b"]
