@@ -25,7 +25,6 @@ from broker_nb.portable.ranges import is_range
 _INT = re.compile(r"[+-]?\d[\d_]*")
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+)")
 _NAME = re.compile(r"\{\{\s*([^\W\d]\w*)\s*\}\}")
-_SQL_PART = re.compile(r"'(?:[^']|'')*'?|\"(?:[^\"]|\"\")*\"?|\{\{.*?\}\}", re.DOTALL)
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -211,12 +210,14 @@ def parse(line: str, verbs: Mapping[str, inspect.Signature], body: str | None = 
 
 def python_line(call: Call, prefix: str = "conn.") -> str:
     """The Python that does the same."""
-    args = list(call.args)
+    lines, args = [], list(call.args)
     if call.where is not None:
-        bound = f", {_literal(dict(call.params))}" if call.params else ""
-        args[0] = Expr(f"broker_nb.where({_literal(args[0])}, {_literal(call.where)}{bound})")
+        bound = f", {_literal(call.params)}" if call.params else ""
+        lines = ["from broker_nb.frames.where import Where"]
+        args[0] = Expr(f"Where({_literal(call.where)}{bound}).select({_literal(args[0])})")
     shown = [_literal(value) for value in args] + [f"{name}={_literal(value)}" for name, value in call.kwargs.items()]
-    return f"{call.output} = " * bool(call.output) + f"{prefix}{call.verb}({', '.join(shown)})"
+    lines.append(f"{call.output} = " * bool(call.output) + f"{prefix}{call.verb}({', '.join(shown)})")
+    return "\n".join(lines)
 
 
 def _call(
@@ -305,16 +306,13 @@ def _place(verb: str, word: Word, takes: Mapping[str, Option], given: Mapping[st
 
 
 def _bound(verb: str, where: str) -> dict[str, Expr]:
-    """The names that `{{name}}` binds. Inside a SQL string it would be text, so there it is refused."""
+    """The names that `{{name}}` binds; the SQL itself is looked at where it is run."""
     names = {}
-    for part in (found[0] for found in _SQL_PART.finditer(where) if "{{" in found[0]):
+    for part in re.findall(r"\{\{.*?\}\}", where):
         name = _NAME.fullmatch(part)
-        if name:
-            names[name[1]] = Expr(name[1])
-        elif part.startswith("{{"):
+        if not name:
             raise usage_error(verb, f"{verb}: {part}: only a plain name between {{{{ and }}}}; assign the value to one first")
-        else:
-            raise usage_error(verb, f"{verb}: {part}: {{{{name}}}} binds a value by itself; leave the quotes out")
+        names[name[1]] = Expr(name[1])
     return names
 
 
