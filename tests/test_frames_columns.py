@@ -205,6 +205,7 @@ def test_the_condition_applies_to_the_rows_that_were_asked_for() -> None:
     frame, report = built(FrameBuilder(span=parse_range("-3"), where="value_o <= 1"), batch(*rows_of(*PLACES)))
     assert frame.id.tolist() == ["0:1", "1:1"]
     assert (report.where_true, report.where_false, report.where_unknown) == (2, 1, 0)
+    assert "where: 2 of 3 match" in report.caption()
 
 
 def test_times_are_half_open_and_rows_without_one_are_said() -> None:

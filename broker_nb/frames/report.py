@@ -40,7 +40,7 @@ class ReadReport:
     complete: bool | Literal["unknown"]
     why: str = ""  # why it is not complete
     messages: int = 0
-    scanned: int = 0  # messages read, of which `messages` were kept
+    scanned: int = 0  # messages read within the range's times, before trimming and `where`
     total: int | None = None  # messages in the topic when the read began; gaps are counted
     bytes: int = 0
     parts: tuple[PartReport, ...] = ()
@@ -82,7 +82,8 @@ class ReadReport:
             line.append(", ".join(decoded))
         if self.where is not None:
             unknown = f", {self.where_unknown:,} unknown" if self.where_unknown else ""
-            line.append(f"where: {self.where_true:,} of {self.scanned:,} match{unknown}")
+            judged = self.where_true + self.where_false + self.where_unknown
+            line.append(f"where: {self.where_true:,} of {judged:,} match{unknown}")
         if self.mixed:
             line.append("JSON text, as types differ: " + ", ".join(self.mixed))
         line.extend(self.notes)
