@@ -1,1 +1,1 @@
-"""The kafka backend."""
+"""The kafka backend, on confluent-kafka: see `driver.py`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from broker_nb.backends.kafka.client import failure, plain_text, topic_name
 from broker_nb.errors import ErrorKind
 
 _INTERNAL = frozenset({"__consumer_offsets", "__transaction_state", "__share_group_state"})
+_ALIVE_S = 2.0
 _CHUNK = 100  # groups asked about at a time
 _SHOWN = ("cleanup.policy", "retention.ms", "retention.bytes", "message.timestamp.type", "compression.type")
 _UNCOMMITTED, _COMMITTED = IsolationLevel.READ_UNCOMMITTED, IsolationLevel.READ_COMMITTED
@@ -36,6 +38,13 @@ class Catalogue:
 
     def __init__(self, admin: AdminClient, host: Host, timeout: float) -> None:
         self._admin, self._host, self._timeout = admin, host, timeout
+
+    def nodes(self) -> int:
+        """How many brokers there are; soon, or an error."""
+        try:
+            return len(self._admin.describe_cluster(request_timeout=min(_ALIVE_S, self._timeout)).result().nodes)
+        except KafkaException as error:
+            raise failure(self._host, "kafka", error) from error
 
     # -------------------------------------------------------------- names
     def entities(self, pattern: str) -> list[Entity]:
@@ -173,25 +182,30 @@ class Catalogue:
         return {p: None if offset < 0 else (offset,) for p, offset in offsets.items()}
 
     def summaries(self, topics: Sequence[Entity]) -> list[Summary]:
-        """A line per topic, from one metadata request and four for all partitions at once."""
+        """A line per topic, from one metadata request and five for all partitions at once."""
         names = [topic_name(self._host, t.name) for t in topics]
         described = self._admin.describe_topics(TopicCollection([*dict.fromkeys(names)]), request_timeout=self._timeout)
         partitions = {n: [p.id for p in d.partitions] if (d := _value(f)) else [] for n, f in described.items()}
         places = [(name, p) for name, numbers in partitions.items() for p in numbers]
-        specs = (OffsetSpec.earliest(), OffsetSpec.latest(), OffsetSpec.for_timestamp(0), OffsetSpec.max_timestamp())
-        found = self._offsets(places, [(spec, _UNCOMMITTED) for spec in specs]) if places else [{}] * 4
+        minute = OffsetSpec.for_timestamp(int((time.time() - 60) * 1000))
+        specs = (OffsetSpec.earliest(), OffsetSpec.latest(), OffsetSpec.for_timestamp(0), OffsetSpec.max_timestamp(), minute)
+        found = self._offsets(places, [(spec, _UNCOMMITTED) for spec in specs]) if places else [{}] * 5
         return [self._summary(topic, partitions[topic.name], *found) for topic in topics]
 
     @staticmethod
-    def _summary(topic: Entity, partitions: list[int], low: Found, high: Found, oldest: Found, newest: Found) -> Summary:
+    def _summary(
+        topic: Entity, partitions: list[int], low: Found, high: Found, oldest: Found, newest: Found, minute: Found
+    ) -> Summary:
         places = [(topic.name, p) for p in partitions]
-        known = bool(places) and not any(isinstance(end[at], KafkaException) for end in (low, high) for at in places)
+        known = bool(places) and not any(isinstance(end[at], KafkaException) for end in (low, high, minute) for at in places)
+        since = {at: minute[at].offset for at in places} if known else {}
         return Summary(
             entity=topic,
             partitions=len(partitions),
             messages=sum(high[at].offset - low[at].offset for at in places) if known else None,
             oldest_ns=min(_times(oldest, places), default=None),
             newest_ns=max(_times(newest, places), default=None),
+            last_minute=sum(high[at].offset - n for at, n in since.items() if n >= 0) if known else None,
             kind="log",
         )
 

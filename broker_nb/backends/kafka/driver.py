@@ -1,10 +1,10 @@
-"""The driver contract over confluent-kafka."""
+"""The Kafka driver: one connection. Look, records and publishing on confluent-kafka; transactions come later."""
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -12,7 +12,6 @@ from confluent_kafka.admin import AdminClient
 from broker_nb.backends.driver import (
     Backlog,
     Bounds,
-    Browser,
     Capabilities,
     Effect,
     Entity,
@@ -23,24 +22,23 @@ from broker_nb.backends.driver import (
     Lane,
     Piece,
     Position,
-    Sender,
-    Source,
     Summary,
     TakeOptions,
-    Transaction,
 )
 from broker_nb.backends.kafka.catalogue import Catalogue
 from broker_nb.backends.kafka.client import Settings, failure, plain_text, topic_name
-from broker_nb.backends.kafka.look import Looks
+from broker_nb.backends.kafka.look import KafkaBrowser, Looks
 from broker_nb.backends.kafka.records import KafkaSource, member_config
-from broker_nb.backends.kafka.write import KafkaSender, Writer
+from broker_nb.backends.kafka.write import BATCH, KafkaSender, Writer
 from broker_nb.errors import BrokerError, ErrorKind
 
 T = TypeVar("T")
 
+_GRACE_S = 1.0  # for the second address of a name, after the first one refused
+
 
 class KafkaDriver:
-    """A connection to a Kafka cluster: `kafka://host:port,host:port`; the client's own settings as options by their own names."""
+    """One connection to a cluster. Profile: `hosts`, `timeout` (s), `username`, `password`, and `options` by the client's names."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
         families=frozenset({Family.RECORD}),
@@ -63,11 +61,12 @@ class KafkaDriver:
     )
     requires: ClassVar[tuple[str, str]] = ("confluent_kafka", "kafka")
 
-    def __init__(self, settings: Settings, host: Host, lane: Lane, admin: AdminClient, about: str) -> None:
-        self._settings, self._host, self._lane, self._about = settings, host, lane, about
+    def __init__(self, host: Host, settings: Settings, admin: AdminClient, lane: Lane, about: str) -> None:
+        self._host, self._settings, self._admin, self._lane = host, settings, admin, lane
+        self._about = about
         self._catalogue = Catalogue(admin, host, settings.timeout)
         self._looks = Looks(settings, host, self._check_alive)
-        self._writers: dict[int, Writer] = {}
+        self._writers: dict[object, Writer] = {}
         self._sources: list[KafkaSource] = []
         self._closed = False
 
@@ -76,19 +75,10 @@ class KafkaDriver:
         settings = Settings(profile, host)
         lane = host.lane("kafka-admin")
         try:
-            async with asyncio.timeout(settings.timeout + 1):
-                admin = await lane.run(AdminClient, settings.config({}, {}))
-                about = await lane.run(_hello, admin, settings.timeout)
-        except (KafkaException, TimeoutError) as error:
-            lane.close()
-            if (refused := settings.health.refused) is not None:
-                raise failure(host, settings.servers, refused) from error
-            raise settings.health.unreachable() from error
-        return cls(settings, host, lane, admin, about)
-
-    @property
-    def about(self) -> str:
-        return self._about
+            admin, about = await lane.run(_connect, settings, host)
+        except KafkaException as error:
+            raise failure(host, settings.servers, error) from error
+        return cls(host, settings, admin, lane, about)
 
     async def close(self) -> None:
         if self._closed:
@@ -96,27 +86,31 @@ class KafkaDriver:
         self._closed = True
         for source in self._sources:
             await source.close()
-        await self._looks.close()
         for writer in self._writers.values():
             await writer.close()
+        await self._looks.close()
         self._lane.close()
 
+    @property
+    def about(self) -> str:
+        return self._about
+
     async def _ask(self, question: Callable[..., T], *args: Any) -> T:
-        """A question of the catalogue, on the admin lane."""
+        """A question to the cluster, on the admin lane."""
         if self._closed:
             raise self._host.error(ErrorKind.CLOSED, "kafka", "the connection is closed; connect again")
         try:
             answer = await self._lane.run(question, *args)
         except BrokerError as error:
-            if error.kind is ErrorKind.TIMEOUT and self._settings.health.down_since is not None:
+            if error.retryable and self._settings.health.down_since is not None:
                 raise self._settings.health.unreachable() from error
             raise
         self._settings.health.on_answer()
         return answer
 
     async def _check_alive(self) -> None:
-        """Raise when no broker answers."""
-        await self._ask(self._catalogue.entities, "\0")
+        """Raise UNREACHABLE unless a broker answers."""
+        await self._ask(self._catalogue.nodes)
 
     # -------------------------------------------------------------- catalogue
     async def entities(self, pattern: str = "") -> AsyncIterator[Entity]:
@@ -127,10 +121,10 @@ class KafkaDriver:
         return await self._ask(self._catalogue.summaries, topics) if topics else []
 
     async def facts(self, entity: Entity) -> Facts:
-        if entity.kind is Kind.SUBSCRIPTION:
-            ours = frozenset(source.member_id for source in self._sources)
-            return await self._ask(self._catalogue.group_facts, entity, ours)
-        return await self._ask(self._catalogue.topic_facts, entity)
+        if entity.kind is Kind.TOPIC:
+            return await self._ask(self._catalogue.topic_facts, entity)
+        ours = frozenset(source.member_id for source in self._sources)
+        return await self._ask(self._catalogue.group_facts, entity, ours)
 
     async def backlog(self, entity: Entity) -> Sequence[Backlog]:
         return await self._ask(self._catalogue.backlog, entity)
@@ -149,45 +143,58 @@ class KafkaDriver:
         want: frozenset[str],
         committed_only: bool,
         allow: frozenset[Effect],
-    ) -> Browser:
-        del want, allow  # a message has all its columns, and looking has no effect to allow
+    ) -> KafkaBrowser:
+        del want, allow  # a fetch brings whole messages; a look has no effect to allow
         return await self._looks.browse(topic_name(self._host, topic.name), pieces, committed_only)
 
     # -------------------------------------------------------------- take and write
-    async def subscribe(self, subscription: Entity, options: TakeOptions) -> Source:
-        group = plain_text(self._host, "group", subscription.name)
-        if options.family is not Family.RECORD:
-            raise self._host.error(ErrorKind.UNSUPPORTED, group, f"{group}: Kafka is read as records, in a group")
-        topic = await self._there(subscription.parent or "")
+    async def subscribe(self, subscription: Entity, options: TakeOptions) -> KafkaSource:
+        group, topic = plain_text(self._host, "group", subscription.name), subscription.parent or ""
+        if options.family is not Family.RECORD or options.session is not None:
+            text = f"{group}: a Kafka group reads records, without sessions"
+            raise self._host.error(ErrorKind.UNSUPPORTED, group, text)
+        if options.start not in ("earliest", "latest"):
+            text = f"{group}: cannot start at {options.start!r}; say earliest or latest"
+            raise self._host.error(ErrorKind.INVALID, group, text)
+        await self._ask(self._catalogue.describe, topic)
+        config = member_config(self._settings, group, options)
         source = KafkaSource(topic, group, self._host.lane(f"kafka-{group}"), self._host, self._settings)
-        await source.join(member_config(self._settings, group, options))
+        await source.join(config)
         self._sources.append(source)
         return source
 
-    async def _there(self, topic: str) -> str:
-        """The topic's name; NOT_FOUND when there is none, as a group or a producer would only wait."""
-        await self._ask(self._catalogue.describe, topic)
-        return topic
-
-    async def sender(self, topic: Entity, native: Mapping[str, Any]) -> Sender:
+    async def sender(self, topic: Entity, native: Mapping[str, Any]) -> KafkaSender:
         partitions = await self._ask(self._catalogue.partitions, topic.name)
         settings = await self._ask(self._catalogue.settings, topic.name)
-        limit = int(settings.get("max.message.bytes", 1 << 20))
-        writer = self._writers.get(limit)
-        if writer is None or native:
-            writer = Writer(self._settings, self._host, self._host.lane("kafka-write"), min(1_000_000, limit), native)
+        # The client does not split a batch that the topic refuses as too large.
+        batch = min(BATCH, int(settings.get("max.message.bytes", BATCH)))
+        key = (batch, *sorted((name, repr(value)) for name, value in native.items()))
+        writer = self._writers.get(key)
+        if writer is None:
+            writer = Writer(self._settings, self._host, self._host.lane("kafka-write"), batch, native)
             await writer.open()
-            self._writers[limit] = writer
+            self._writers[key] = writer
         return KafkaSender(topic.name, partitions, settings, writer, self._host)
 
-    async def begin(self, transactional_id: str, timeout_s: float) -> Transaction:
+    async def begin(self, transactional_id: str, timeout_s: float) -> NoReturn:
         del timeout_s
-        raise self._host.error(
-            ErrorKind.UNSUPPORTED, transactional_id, "transactions on Kafka are not there yet; publish without one"
-        )
+        text = f"{transactional_id}: transactions on Kafka are not built yet (issue 6)"
+        raise self._host.error(ErrorKind.UNSUPPORTED, transactional_id, text)
 
 
-def _hello(admin: AdminClient, timeout: float) -> str:
-    """On the lane: the first answer of the cluster."""
-    brokers = admin.list_topics(timeout=timeout).brokers
-    return f"kafka, {len(brokers)} broker{'s' * (len(brokers) != 1)}"
+def _connect(settings: Settings, host: Host) -> tuple[AdminClient, str]:
+    """On the admin lane: the first answer of the cluster, or why there is none, within the profile's time-out."""
+    deadline = time.monotonic() + settings.timeout
+    admin = AdminClient(settings.config({}, {}))
+    answer, health = admin.describe_cluster(request_timeout=settings.timeout), settings.health
+    while not answer.done():
+        admin.poll(0.02)  # hands over the connection's errors
+        if health.refused is not None:
+            raise failure(host, settings.servers, health.refused)
+        if health.down_s > _GRACE_S or time.monotonic() > deadline:
+            raise health.unreachable()
+    if answer.exception() is not None:
+        raise health.unreachable() from answer.exception()
+    health.on_answer()
+    brokers = len(answer.result().nodes)
+    return admin, f"kafka, {brokers} broker{'' if brokers == 1 else 's'}, cluster {answer.result().cluster_id}"

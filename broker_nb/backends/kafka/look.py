@@ -165,7 +165,7 @@ class KafkaBrowser:
 
     def _note(self, event: Message, reached: dict[int, Position], stopped: dict[int, Stop]) -> None:
         error, partition, offset = event.error(), event.partition(), event.offset()
-        assert error is not None  # noqa: S101 - `split` put it here for that
+        assert error is not None  # noqa: S101 - because split put it here for that
         if error.code() == KafkaError._PARTITION_EOF and partition in self._ends and offset is not None:
             at, end = max((offset,), reached.get(partition, (0,))), self._ends[partition]
             reached[partition] = at if end is None else min(at, (end,))

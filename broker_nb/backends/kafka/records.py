@@ -87,7 +87,7 @@ class KafkaSource:
         self._rows += rows
         for event in events:
             error = event.error()
-            assert error is not None  # noqa: S101 - `split` put it here for that
+            assert error is not None  # noqa: S101 - because split put it here for that
             if error.code() == KafkaError._MAX_POLL_EXCEEDED:
                 log.warning("%s: out of the group for a while, because this process was stopped; joining again", self._group)
             else:

@@ -20,7 +20,7 @@ _OURS = {
     "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
     "queue.buffering.max.messages": 500_000,
 }
-_BATCH = 1_000_000  # the client's own batch.size; smaller for topics that take less
+BATCH = 1_000_000  # the client's own batch.size; smaller for topics that take less
 _RECORD = 70  # bytes that Kafka adds to a lone row, at least
 _SERVE = 1000  # rows between two looks at delivery reports
 _UNSURE = frozenset({ErrorKind.TIMEOUT, ErrorKind.UNREACHABLE, ErrorKind.FENCED, ErrorKind.TRANSIENT, ErrorKind.UNKNOWN})
@@ -64,7 +64,7 @@ class _Sending:
         if kind not in _ROW_ONLY:
             self.halt = self.halt or cause
 
-    def refuse_rest(self, indices: Iterable[int]) -> list[int]:
+    def refuse_some(self, indices: Iterable[int]) -> list[int]:
         """Give those their result that must not be sent any more; the others."""
         rest = []
         for i in indices:
@@ -89,7 +89,7 @@ class Writer:
         self._host, self._lane, self._settings = host, lane, settings
         self._producer: Producer | None = None
         self._fatal = False
-        self._closed = False
+        self._closed = False  # set by another thread
 
     async def send(self, topic: str, rows: Sequence[Outbound]) -> Sequence[SendResult]:
         """Send, and wait for every row's fate."""
@@ -122,43 +122,49 @@ class Writer:
         What was already on the wire then is stored if the broker takes it: `check` keeps out what it would not.
         """
         producer = self._open()
-        todo = list(range(len(sending.rows)))
-        while todo:
+        rest: Sequence[int] = range(len(sending.rows))
+        while rest:
             sending.failed, sending.again = False, []
-            rest = self._produce(producer, sending, todo)
+            unsent = self._produce(producer, sending, rest)
             while sending.under_way:
                 producer.poll(0.1)
                 if sending.failed or self._closed:
                     producer.purge(in_queue=True, in_flight=self._closed, blocking=False)
-            todo = sending.refuse_rest(sorted(sending.again) + rest)
-        self._settings.health.on_answer()
+            if self._closed:
+                sending.halt = self._host.error(ErrorKind.CLOSED, sending.topic, f"{sending.topic}: the connection was closed")
+            rest = sending.refuse_some([*sorted(sending.again), *unsent])
 
-    def _produce(self, producer: Producer, sending: _Sending, todo: Sequence[int]) -> list[int]:
+    def _produce(self, producer: Producer, sending: _Sending, todo: Sequence[int]) -> Sequence[int]:
         """Hand rows to the client until one fails; what was not handed over."""
-        topic, rows, report = sending.topic, sending.rows, sending.report
+        topic, rows, produce = sending.topic, sending.rows, producer.produce
         for n, i in enumerate(todo):
+            if n % _SERVE == 0:
+                producer.poll(0)
+            if self._must_stop(sending):
+                return todo[n:]
             data, key, attributes, partition, time_ns, _, _ = rows[i]
             headers: list[tuple[str, str | bytes | None]] | None = [(a[0], a[1]) for a in attributes] if attributes else None
             stamp = 0 if time_ns is None else time_ns // 1_000_000
-            while not sending.failed:
+            told = partial(sending.report, i)
+            while True:
                 try:
+                    produce(topic, data, key, partition, on_delivery=told, timestamp=stamp, headers=headers)
                     sending.under_way += 1
-                    producer.produce(
-                        topic, data, key, partition, on_delivery=partial(report, i), timestamp=stamp, headers=headers
-                    )
                     break
-                except BufferError:
-                    sending.under_way -= 1
+                except BufferError:  # the client's queue is full
+                    if not sending.under_way:
+                        sending.fail(i, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE, "larger than the client's queue"))
+                        return todo[n + 1 :]
                     producer.poll(0.05)
+                    if self._must_stop(sending):
+                        return todo[n:]
                 except KafkaException as error:
-                    sending.under_way -= 1
                     sending.fail(i, error.args[0])
-                    return list(todo[n + 1 :])
-            if n % _SERVE == 0:
-                producer.poll(0)
-            if sending.failed:
-                return [j for j in todo[n:] if sending.results[j] is None and j not in sending.again]
+                    return todo[n + 1 :]
         return []
+
+    def _must_stop(self, sending: _Sending) -> bool:
+        return sending.failed or self._closed
 
     async def close(self) -> None:
         """Wait for nothing: every send was answered, or is cut off now as unknown."""
