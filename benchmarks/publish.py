@@ -30,7 +30,7 @@ def raw(address: str, topic: str, rows: Rows) -> int:
     producer, results = Producer(settings), [None] * len(rows)
 
     def keep(i):  # type: ignore[no-untyped-def] # the snippet as people write it
-        def told(error, message):  # type: ignore[no-untyped-def]
+        def told(error, message):  # type: ignore[no-untyped-def] # as in the snippet
             results[i] = (error, message.partition(), message.offset())
 
         return told

@@ -265,7 +265,7 @@ class Session:
         """
         return await self._settle("ack", frame, all)
 
-    async def nack(self, frame: Any = None, *, delay: Duration = 0, all: bool = False, final: bool = False) -> Settled:  # noqa: A002
+    async def nack(self, frame: Any = None, *, delay: Duration = 0, all: bool = False, final: bool = False) -> Settled:  # noqa: A002 - the grammar's word
         """Give rows back to come again. Effect on the broker: redelivery, to anybody on the subscription.
 
         Parameters
