@@ -143,11 +143,14 @@ def test_a_lane_rests_only_when_idle_and_survives_a_failing_rest(loop):
         lane = LaneThread("y")
         lane.idle(rested.set, 0.01)
         assert await asyncio.to_thread(rested.wait, 5)
-        lane.idle(lambda: 1 / 0, 0.01)
-        deadline = time.monotonic() + 5
-        while lane._idle is not None and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        assert lane._idle is None
+        failed = threading.Event()
+
+        def fail():
+            failed.set()
+            raise ZeroDivisionError
+
+        lane.idle(fail, 0.01)
+        assert await asyncio.to_thread(failed.wait, 5)
         assert await lane.run(lambda: "alive") == "alive"
         lane.close()
 

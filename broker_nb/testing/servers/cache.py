@@ -28,11 +28,11 @@ Entry: TypeAlias = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-class ServerMissing(Exception):  # noqa: N818 (named for what it tells a person)
+class ServerMissing(Exception):
     """A server cannot be started on this machine; the text says what to install."""
 
 
-class DigestMismatch(Exception):  # noqa: N818 (named for what it tells a person)
+class DigestMismatch(Exception):
     """A fetched file is not the one that was locked. Nothing of it is kept."""
 
 

@@ -18,7 +18,7 @@ __all__ = ["PortTaken", "Process", "ServerFailed", "free_port", "is_free"]
 TAIL = 15  # lines of the log in an error
 
 
-class ServerFailed(Exception):  # noqa: N818 (named for what it tells a person)
+class ServerFailed(Exception):
     """A server did not start, or ended; the text has the last lines of its log."""
 
 
