@@ -131,7 +131,6 @@ def test_python_flag_and_output_stand_anywhere() -> None:
         ("sample orders --limit 1 --limit 2", "--limit is given twice"),
         ("sample orders pre-{{x}}", "only a plain name"),
         ("sample orders where a = {{x.y}}", "only a plain name"),
-        ("sample orders where a = '{{x}}'", "leave the quotes out"),
         ("sample 'orders", "a ' is missing"),
         ("ack held[0", "a ] is missing"),
         ("topics a b", "one word too many: 'b'"),

@@ -14,12 +14,25 @@ _LINE = re.compile(r"\s*(?:[\w, .\[\]]+=\s*)?%{1,2}broker\s+(?P<rest>.*)", re.DO
 
 
 class BrokerCompleter:
-    """A matcher (API v2) for IPython. `topics` is filled by the magic, with the names that it has seen."""
+    """A matcher (API v2) for IPython.
 
-    def __init__(self, verbs: Mapping[str, inspect.Signature], connections: Callable[[], Iterable[str]]) -> None:
+    Parameters
+    ----------
+    verbs
+        The signature behind each verb.
+    connections, topics
+        What is known by now: the names of the open connections, and of the current one's topics.
+    """
+
+    def __init__(
+        self,
+        verbs: Mapping[str, inspect.Signature],
+        connections: Callable[[], Iterable[str]],
+        topics: Callable[[], Iterable[str]],
+    ) -> None:
         self.verbs = verbs
         self.connections = connections
-        self.topics: dict[str, None] = {}  # a dict, because it keeps the order of the catalogue
+        self.topics = topics
 
         @context_matcher(identifier="broker_nb", priority=200)  # type: ignore[untyped-decorator]  # IPython's own has no types
         def matcher(context: CompletionContext) -> SimpleMatcherResult:
@@ -55,5 +68,5 @@ class BrokerCompleter:
             return "connection", self.connections()
         before = takes.get(done[-1].removeprefix("--").replace("-", "_")) if done[-1].startswith("--") else None
         if (before and before.name in ("to", "topic")) or (len(done) == 1 and "topic" in takes):
-            return "topic", self.topics
+            return "topic", self.topics()
         return "", ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
@@ -13,10 +15,11 @@ from zoneinfo import ZoneInfo
 import pandas as pd
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand
-from traitlets import Bool, Int, TraitError, Unicode, observe, validate
+from traitlets import Bool, Int, Unicode, observe
 
 from broker_nb import connection
 from broker_nb.backends import has_secret
+from broker_nb.backends.driver import Entity, Kind
 from broker_nb.connection import Connection
 from broker_nb.errors import BrokerError, ErrorKind, one_line
 from broker_nb.frames.results import Result
@@ -24,6 +27,9 @@ from broker_nb.frames.where import Where
 from broker_nb.notebook import manual
 from broker_nb.notebook.completer import BrokerCompleter
 from broker_nb.notebook.grammar import Body, Call, Expr, parse, python_line, usage_error
+from broker_nb.portable.loop import shared_loop
+
+log = logging.getLogger("broker_nb")
 
 _VERBS = ("topics", "sample", "consume", "held", "ack", "nack", "release", "commit", "publish")
 _PASSWORD = re.compile(r"://.*:.*@")
@@ -57,21 +63,22 @@ class BrokerMagics(Magics):
             "help": self.help,
         }
         self.verbs = {verb: inspect.signature(function) for verb, function in self.functions.items()}
-        self.completer = BrokerCompleter(self.verbs, lambda: [each.name for each in connection.connections()])
+        self.completer = BrokerCompleter(
+            self.verbs, lambda: [each.name for each in connection.connections()], lambda: self._topics.get(self._name(), ())
+        )
         self.opened: list[Connection] = []
+        self._topics: dict[str, list[str]] = {}  # by connection, as far as they were listed
         self._chosen: Connection | None = None
         self._shown: set[str] = set()
 
-    @validate("timezone")
-    def _zone_exists(self, proposal: Any) -> str:
-        try:
-            return str(proposal.value and ZoneInfo(proposal.value).key)
-        except (ValueError, OSError, KeyError):
-            raise TraitError(f"timezone {proposal.value!r} is not known; write it like Europe/Zagreb, or UTC") from None
-
     @observe("timezone")
     def _zone_changed(self, change: Any) -> None:
-        connection.set_timezone(ZoneInfo(change.new) if change.new else None)
+        # Not a validator: traitlets would keep the refused value in the shell's configuration, and refuse it again for ever.
+        try:
+            connection.set_timezone(_zone(change.new))
+        except BrokerError as error:
+            connection.set_timezone(None)
+            _print(str(error))
 
     @line_cell_magic
     @no_var_expand
@@ -143,6 +150,12 @@ class BrokerMagics(Magics):
             raise usage_error("use", f"{len(found)} connections are open; choose one: %broker use NAME, of {_names()}")
         return found[0]
 
+    def _name(self) -> str:
+        try:
+            return self.current().name
+        except BrokerError:  # none, or none chosen: nothing to complete
+            return ""
+
     def _named(self, name: str) -> Connection:
         for each in connection.connections():
             if each.name == name:
@@ -155,6 +168,7 @@ class BrokerMagics(Magics):
         call = parse(line, self.verbs, cell)
         if call.verb == "connect":
             _refuse_secrets(call)
+        _zone(self.timezone)  # better no answer than one for another zone
         if call.verb == "sample" and self.limit is not None and "limit" not in call.kwargs:
             call = replace(call, kwargs={**call.kwargs, "limit": self.limit})
         if call.python:
@@ -175,7 +189,8 @@ class BrokerMagics(Magics):
         if isinstance(result, Connection):
             self._connected(result, call)
         elif call.verb == "topics":
-            self.completer.topics |= dict.fromkeys(result["topic"])
+            known = self._topics.get(self._name(), [])
+            self._topics[self._name()] = list(dict.fromkeys([*known, *result["topic"]]))
         return result
 
     def _chosen_rows(self, call: Call, frame: object, names: Mapping[str, Any]) -> pd.DataFrame:
@@ -190,6 +205,16 @@ class BrokerMagics(Magics):
         read_only = " | read-only" * (call.kwargs.get("read_only") is True)
         self.say(f"{opened.name}: {opened.about}{read_only}. Next: %broker topics   (or: {_python(call)})")
         self._shown.add(repr(opened))
+        self._topics[opened.name] = []
+        listing = shared_loop().submit(opened._session.client.entities())
+        listing.add_done_callback(lambda done: self._listed(opened.name, done))
+
+    def _listed(self, name: str, listing: Future[list[Entity]]) -> None:
+        """On the loop thread, after `connect`: names for the completer, which does without them when they do not come."""
+        if listing.cancelled() or (error := listing.exception()):
+            log.debug("%s: no names for completion: %s", name, "cancelled" if listing.cancelled() else error)
+        else:
+            self._topics[name] = [each.name for each in listing.result() if each.kind is not Kind.SUBSCRIPTION]
 
     def show(self, result: object) -> None:
         """Show a one-line result that is a cell's value, unless its line was shown when it came about."""
@@ -200,7 +225,6 @@ class BrokerMagics(Magics):
     def load(self) -> None:
         """Put the magic, its completer and its captions into the shell."""
         self._ip.register_magics(self)
-        self._ip.configurables.append(self)
         self._ip.Completer.custom_matchers.append(self.completer.matcher)
         self._ip.events.register("pre_run_cell", self._forget_shown)
         for kind in (Connection, Result):
@@ -220,7 +244,7 @@ class BrokerMagics(Magics):
         del manager.registry["BrokerMagics"], manager.magics["line"]["broker"], manager.magics["cell"]["broker"]
         for each in self.opened:
             if each.is_open and (held := len(each.held())):
-                self.say(f"{each.name}: left open, because {held} messages are held; broker_nb.connections() still lists it")
+                self.say(f"{each.name}: left open, because it holds {held} messages; broker_nb.connections() lists it")
             elif each.is_open:
                 each.close()
                 self.say(f"{each.name}: closed")
@@ -248,6 +272,14 @@ def _print(text: str) -> None:
 
 def _names() -> str:
     return ", ".join(each.name for each in connection.connections()) or "none"
+
+
+def _zone(name: str) -> ZoneInfo | None:
+    try:
+        return ZoneInfo(name) if name else None
+    except (ValueError, OSError, KeyError):
+        text = f"timezone {one_line(name)!r} is not known; %config BrokerMagics.timezone = 'Europe/Zagreb', 'UTC', or '' for this host's"
+        raise usage_error("timezone", text) from None
 
 
 def _refuse_secrets(call: Call) -> None:
