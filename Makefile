@@ -8,7 +8,8 @@ demo: $(READY) # the quickstart, run without a browser
 
 test: $(READY) # everything, on the real servers
 	-@$(BIN)/python -m broker_nb fetch kafka
-	$(BIN)/pytest -n 2 --dist loadgroup
+	@mkdir -p build
+	BROKER_NB_CONFORMANCE=build/conformance.json $(BIN)/pytest -n 2 --dist loadgroup
 
 lab: $(READY) # the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks
