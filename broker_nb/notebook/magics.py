@@ -316,7 +316,7 @@ def _value(verb: str, value: object, names: Mapping[str, Any]) -> object:
         return value
     try:
         # The line is the user's own code, as the rest of the cell is.
-        return eval(value.text, {**names})  # noqa: S307
+        return eval(value.text, {**names})  # noqa: S307 - see above
     except NameError as error:
         raise usage_error(verb, f"{verb}: there is no variable {error.name!r} here; assign it first") from error
     except Exception as error:

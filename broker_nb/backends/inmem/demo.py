@@ -127,7 +127,7 @@ def _deliver_once(broker: InmemBroker, rows: int) -> None:
     """Somebody already took the first rows of orders/debug and gave them back, so that a second delivery is to be seen."""
     with broker.lock:
         queue = broker.topic("orders").subscriptions["debug"]
-        assert isinstance(queue, Queue), "made as one above"  # noqa: S101
+        assert isinstance(queue, Queue), "made as one above"  # noqa: S101 - for the type checker
         consumer = Consumer(rows, lambda tokens: None)
         leased = queue.take(consumer, rows, 1 << 20)
         for token in leased.tokens if leased is not None else ():
