@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import pandas as pd
@@ -20,6 +20,7 @@ VALUE = "value_"
 _KNOWN = frozenset({*HEAD, *TAIL, LEASE})
 """Every frame's own columns: that most of them do not travel needs no telling."""
 _ABSENT = object()
+T = TypeVar("T", Attribute, Outbound)
 
 
 def from_messages(messages: Iterable[object]) -> list[Outbound]:
@@ -68,8 +69,18 @@ def from_frame(frame: pd.DataFrame, body: str, column: str | None) -> tuple[list
     keys = _bytes(frame["key"], "key") if "key" in names else repeat(None, n)
     attributes = _attributes(frame["attributes"]) if "attributes" in names else repeat((), n)
     partitions = _partitions(frame["partition"]) if "partition" in names else repeat(NO_PARTITION, n)
-    rows = list(map(Outbound, bodies, keys, attributes, partitions))
+    rows = _tuples(Outbound, bodies, keys, attributes, partitions, repeat(None, n), repeat(None, n), repeat(None, n))
     return rows, [name for name in names if name not in used | _KNOWN]
+
+
+def _tuples(kind: type[T], *columns: Iterable[Any]) -> list[T]:
+    """Named tuples out of their columns, all of them, without a call of Python per row: that took as long as sending them."""
+    return list(map(tuple.__new__, repeat(kind), zip(*columns, strict=True)))
+
+
+def _objects(array: Any) -> list[Any]:
+    """`to_pylist` of bytes or text, five times as fast."""
+    return list(array.to_numpy(zero_copy_only=False).tolist())
 
 
 def _invalid(text: str) -> BrokerError:
@@ -112,9 +123,9 @@ def _bytes(series: pd.Series[Any], name: str) -> list[bytes | None]:
     if array is not None:
         kind = array.type
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind):
-            return list(array.to_pylist())
+            return _objects(array)
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            return list(array.cast(pa.large_binary()).to_pylist())
+            return _objects(array.cast(pa.large_binary()))
     found = []
     for i, cell in enumerate(_cells(series)):
         if isinstance(cell, str):
@@ -152,9 +163,9 @@ def _attributes(series: pd.Series[Any]) -> list[Sequence[Attribute]]:
 def _from_structs(array: Any, *, typed: bool) -> list[Sequence[Attribute]]:
     """The frame's own column, without a Python object per struct."""
     flat = array.flatten()
-    names, values = flat.field("name").to_pylist(), flat.field("value").to_pylist()
-    types: Iterable[str] = [t or "" for t in flat.field("type").to_pylist()] if typed else repeat("")
-    made = list(map(Attribute, names, values, types))
+    names, values = _objects(flat.field("name")), _objects(flat.field("value"))
+    types = [t or "" for t in _objects(flat.field("type"))] if typed else repeat("", len(names))
+    made = _tuples(Attribute, names, values, types)
     ends = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).cumsum().tolist()
     return [made[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
