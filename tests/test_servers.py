@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import os
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from broker_nb.testing import servers
-from broker_nb.testing.servers import cache, java
+from broker_nb.testing.servers import cache, java, kafka
 from broker_nb.testing.servers.cache import LockedFile, fetch
 from broker_nb.testing.servers.process import Process, ServerFailed, free_port, is_free
 
@@ -264,7 +265,13 @@ def test_a_port_that_is_asked_for_and_taken() -> None:
             servers.OwnServer("kafka", port=port)
 
 
-def test_topics(kafka_url: str) -> None:
+def test_a_cluster_id_is_sixteen_bytes_and_never_an_option() -> None:
+    ids = {kafka._new_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(re.fullmatch(r"\w[\w-]{21}", each) and len(base64.urlsafe_b64decode(each + "==")) == 16 for each in ids)
+
+
+def test_the_shared_kafka_answers_and_has_no_topic_of_ours(kafka_url: str) -> None:
     from confluent_kafka.admin import AdminClient
 
     with socket.create_connection(kafka_url.removeprefix("kafka://").split(":")):

@@ -105,7 +105,8 @@ def launch(folder: pathlib.Path, ports: list[int], deadline: float) -> Process:
 
 
 def _new_id() -> str:
-    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    # The first byte keeps it from starting with "-", which would make it an option.
+    return base64.urlsafe_b64encode(b"K" + uuid.uuid4().bytes[1:]).decode().rstrip("=")
 
 
 def _format(command: list[str]) -> None:
