@@ -36,7 +36,7 @@ async def publish_frame(
         return Published(f"publish {to} | DRY RUN | {len(rows):,} messages, {tail} | nothing sent", results, dry_run=True)
     try:
         with paused_gc():  # a result per row is kept on purpose; scanning them again and again would cost as much as sending
-            await topic.send(rows, results)
+            await topic.send(rows, results, bad)
     except asyncio.CancelledError:
         said(f"publish {to} | STOPPED by you | {sent_counts(results)}, {len(rows) - len(results):,} not sent")
         raise

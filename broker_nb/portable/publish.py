@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from broker_nb.backends.driver import NO_PARTITION, Outbound, Sender, SendResult, Sent
@@ -14,6 +14,7 @@ from broker_nb.portable.turnstile import Turnstile
 
 SLICE_ROWS = 50_000
 SLICE_BYTES = 64 << 20
+CHECK_ROWS = 5000
 
 
 class TopicPublisher:
@@ -60,17 +61,23 @@ class TopicPublisher:
 
     async def check(self, rows: Sequence[Outbound]) -> dict[int, str]:
         """Without sending: index of each row that can never be sent -> one line why."""
-        check = (await self._get()).check
-        return {i: why for i, row in enumerate(rows) if (why := check(row)) is not None}
+        check, bad = (await self._get()).check, {}
+        for i, row in enumerate(rows):
+            if (why := check(row)) is not None:
+                bad[i] = why
+            if i % CHECK_ROWS == CHECK_ROWS - 1:
+                await asyncio.sleep(0)  # the loop is everybody's
+        return bad
 
-    async def send(self, rows: Sequence[Outbound], results: list[SendResult]) -> None:
-        """Send rows in slices and append a result per row to `results`, in order.
+    async def send(self, rows: Sequence[Outbound], results: list[SendResult], bad: Mapping[int, str] | None = None) -> None:
+        """Send rows in slices and append a result per row to `results`, in order. `bad` is what `check` said of them, if it was asked.
 
         A row that can never be sent is REFUSED, and so are later rows of its key; the others are sent. When the caller is cancelled,
         the slice in flight is finished and `results` has a row for everything that was attempted.
         """
         self._guard()
-        bad = await self.check(rows)
+        if bad is None:
+            bad = await self.check(rows)
         sender = await self._get()
         stopped_keys: set[bytes] = set()
         for start, stop in _slices(rows):
@@ -96,7 +103,7 @@ class TopicPublisher:
                 raise
 
     async def _send_some(
-        self, sender: Sender, rows: Sequence[Outbound], which: range, bad: dict[int, str], stopped_keys: set[bytes]
+        self, sender: Sender, rows: Sequence[Outbound], which: range, bad: Mapping[int, str], stopped_keys: set[bytes]
     ) -> list[SendResult]:
         """The slice without rows that cannot go, and without rows whose key stopped earlier."""
         refused: dict[int, SendResult] = {}

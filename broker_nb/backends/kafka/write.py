@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -19,13 +19,17 @@ _OURS = {
     "partitioner": "murmur2_random",  # the Java clients' choice: equal keys go where theirs go
     "message.max.bytes": 1_000_000_000,  # the topic's own limit decides
     "queue.buffering.max.messages": 500_000,
+    "topic.metadata.propagation.max.ms": 5_000,  # how long a topic that was not found is waited for
 }
 BATCH = 1_000_000  # the client's own batch.size; smaller for topics that take less
 _RECORD = 70  # bytes that Kafka adds to a lone row, at least
 _SERVE = 1000  # rows between two looks at delivery reports
 _UNSURE = frozenset({ErrorKind.TIMEOUT, ErrorKind.UNREACHABLE, ErrorKind.FENCED, ErrorKind.TRANSIENT, ErrorKind.UNKNOWN})
 _ROW_ONLY = frozenset({ErrorKind.TOO_LARGE, ErrorKind.INVALID})  # the next row may do better
-_TEXT_OR_BYTES = frozenset({"", "str", "bytes"})
+_TEXT_OR_BYTES = ("", "str", "bytes")
+_ACCEPTED = Sent.ACCEPTED  # looking up a member costs as much as the rest of a delivery report
+_BYTES = (bytes, type(None))
+_name_flaw = lru_cache(1024)(text_flaw)  # the same few names in every row
 
 
 class _Sending:
@@ -46,9 +50,9 @@ class _Sending:
         if error is None:
             partition, offset = message.partition(), message.offset()
             if offset is not None and partition is not None and offset >= 0:
-                self.results[i] = SendResult(Sent.ACCEPTED, f"{partition}:{offset}", partition, (offset,))
+                self.results[i] = SendResult(_ACCEPTED, f"{partition}:{offset}", partition, (offset,))
             else:
-                self.results[i] = SendResult(Sent.ACCEPTED)  # stored by an earlier try, whose answer was lost
+                self.results[i] = SendResult(_ACCEPTED)  # stored by an earlier try, whose answer was lost
         elif error.code() == KafkaError._PURGE_QUEUE:
             self.again.append(i)
         else:
@@ -189,14 +193,14 @@ class KafkaSender:
     def check(self, row: Outbound) -> str | None:
         # Kafka refuses a whole batch for one such row, and the client crashes on some: so nothing of it gets there.
         data, key, attributes, partition, time_ns, _, native = row
-        for what, value in (("data", data), ("key", key)):
-            if value is not None and type(value) is not bytes:
-                return f"{what} must be bytes or None, not {type(value).__name__}; encode it first"
+        if type(data) not in _BYTES or type(key) not in _BYTES:
+            what, value = ("key", key) if type(data) in _BYTES else ("data", data)
+            return f"{what} must be bytes or None, not {type(value).__name__}; encode it first"
         size = (len(data) if data else 0) + (len(key) if key else 0)
         for name, content, type_ in attributes:
             if type_ not in _TEXT_OR_BYTES:
                 return f"attribute {name!r} is of type {type_}; Kafka headers are text or bytes: make it a str first"
-            if flaw := text_flaw(name):
+            if flaw := _name_flaw(name):
                 return f"attribute {name!r} {flaw} in its name; Kafka header names are UTF-8 text without it"
             size += len(name) + (len(content) if content else 0)
         if self._limit is not None and size + _RECORD > self._limit:
