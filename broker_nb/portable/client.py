@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from broker_nb.backends import load
 from broker_nb.backends.driver import Backlog, Driver, Effect, Entity, Event, Facts, Family, Kind, Summary, TakeOptions
@@ -21,9 +21,13 @@ from broker_nb.portable.records import RecordSubscription
 
 log = logging.getLogger("broker_nb")
 
+T = TypeVar("T")
+
 FACTS_S = 30.0
 HOLD_S = 600.0
 CLOSE_S = 5.0
+LEAVE_S = 1.0
+PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 class Client:
@@ -79,18 +83,32 @@ class Client:
         if self._closing is not None:
             raise BrokerError(ErrorKind.CLOSED, self.host.name, f"{self.host.name} is closed; connect again")
 
+    async def _answer(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a question that changes nothing; a cluster that is just electing or loading is asked again."""
+        self._check_open()
+        for pause in PAUSES_S:
+            try:
+                return await ask()
+            except BrokerError as error:
+                if error.kind not in (ErrorKind.TRANSIENT, ErrorKind.THROTTLED) or not error.retryable:
+                    raise
+                await asyncio.sleep(pause)
+        return await ask()
+
     # -------------------------------------------------------------- catalogue
     @anywhere
     async def entities(self, pattern: str = "") -> list[Entity]:
         """Topics, queues and subscriptions whose name matches the shell-style pattern."""
-        self._check_open()
-        return [entity async for entity in self.driver.entities(pattern)]
+
+        async def listed() -> list[Entity]:
+            return [entity async for entity in self.driver.entities(pattern)]
+
+        return await self._answer(listed)
 
     @anywhere
     async def summaries(self, topics: Sequence[Entity]) -> Sequence[Summary]:
         """A line per topic."""
-        self._check_open()
-        return await self.driver.summaries(topics)
+        return await self._answer(lambda: self.driver.summaries(topics))
 
     @anywhere
     async def facts(self, entity: Entity, *, fresh: bool = False) -> Facts:
@@ -98,14 +116,14 @@ class Client:
         self._check_open()
         known = self._facts.get(entity)
         if known is None or fresh or time.monotonic() - known[0] > FACTS_S:
-            known = self._facts[entity] = (time.monotonic(), await self.driver.facts(entity))
+            facts = await self._answer(lambda: self.driver.facts(entity))
+            known = self._facts[entity] = (time.monotonic(), facts)
         return known[1]
 
     @anywhere
     async def backlog(self, topic: str, subscription: str) -> Sequence[Backlog]:
         """How far a subscription is, per partition."""
-        self._check_open()
-        return await self.driver.backlog(Entity(Kind.SUBSCRIPTION, subscription, topic))
+        return await self._answer(lambda: self.driver.backlog(Entity(Kind.SUBSCRIPTION, subscription, topic)))
 
     # -------------------------------------------------------------- look
     @anywhere
@@ -121,9 +139,13 @@ class Client:
     ) -> Look:
         """Resolve a bounded look; nothing is read yet. Its batches are read on the loop thread."""
         facts = await self.facts(Entity(Kind.TOPIC, topic))
-        return await open_look(
-            self.driver, facts, asked, want=want, committed_only=committed_only, allow=allow, partitions=partitions
-        )
+
+        def opened() -> Awaitable[Look]:
+            return open_look(
+                self.driver, facts, asked, want=want, committed_only=committed_only, allow=allow, partitions=partitions
+            )
+
+        return await self._answer(opened)
 
     # -------------------------------------------------------------- take
     @anywhere
@@ -163,6 +185,10 @@ class Client:
             entity = Entity(Kind.SUBSCRIPTION, subscription, topic)
             facts = await self.facts(entity, fresh=True)
             name = f"{topic}/{subscription}"
+            leaving = time.monotonic() + LEAVE_S  # a member that has just left may still be listed
+            while facts.members and not join and time.monotonic() < leaving:
+                await asyncio.sleep(0.1)
+                facts = await self.facts(entity, fresh=True)
             if facts.members and not join:
                 raise BrokerError(
                     ErrorKind.CONFLICT,
@@ -215,7 +241,9 @@ class Client:
             publisher = self._publishers.get(name)
             if publisher is None:
                 publisher = TopicPublisher(
-                    name, lambda: self.driver.sender(Entity(Kind.TOPIC, name), {}), lambda: self.guard_writing(name)
+                    name,
+                    lambda: self._answer(lambda: self.driver.sender(Entity(Kind.TOPIC, name), {})),
+                    lambda: self.guard_writing(name),
                 )
                 await publisher.start()
                 self._publishers[name] = publisher
