@@ -20,6 +20,15 @@ async def publish_frame(
     client: Client, frame: Any, to: str, *, body: str, column: str | None, dry_run: bool, said: Callable[[str], None]
 ) -> Published:
     """See `Session.publish`. `said` is told what happened when the caller is cancelled, and has no result to look at."""
+    with (
+        paused_gc()
+    ):  # rows and a result for each are kept on purpose; scanning them again and again would cost as much as sending
+        return await _publish(client, frame, to, body, column, dry_run, said)
+
+
+async def _publish(
+    client: Client, frame: Any, to: str, body: str, column: str | None, dry_run: bool, said: Callable[[str], None]
+) -> Published:
     if not dry_run:
         client.guard_writing(to)
     rows, ignored = await asyncio.to_thread(_rows, frame, body, column)
@@ -35,8 +44,7 @@ async def publish_frame(
         results = [SendResult(Sent.ACCEPTED)] * len(rows)
         return Published(f"publish {to} | DRY RUN | {len(rows):,} messages, {tail} | nothing sent", results, dry_run=True)
     try:
-        with paused_gc():  # a result per row is kept on purpose; scanning them again and again would cost as much as sending
-            await topic.send(rows, results, bad)
+        await topic.send(rows, results, bad)
     except asyncio.CancelledError:
         said(f"publish {to} | STOPPED by you | {sent_counts(results)}, {len(rows) - len(results):,} not sent")
         raise
@@ -45,8 +53,7 @@ async def publish_frame(
 
 def _rows(frame: Any, body: str, column: str | None) -> tuple[list[Outbound], list[str]]:
     if isinstance(frame, pd.DataFrame):
-        with paused_gc():
-            return from_frame(frame, body, column)
+        return from_frame(frame, body, column)
     if isinstance(frame, list | tuple):
         if not frame:
             raise BrokerError(ErrorKind.INVALID, "publish", "publish: the list is empty; nothing was sent")

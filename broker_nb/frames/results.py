@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,12 +68,12 @@ class Published(Result):
 
 def sent_counts(results: Sequence[SendResult]) -> str:
     """Counts of the states that occur, each with its first reason: `94 accepted, 2 refused (...)`."""
-    states = Counter(r.state for r in results)
+    states = [r.state for r in results]
     parts = []
     for state in Sent:
-        if states[state]:
+        if count := states.count(state):  # a Counter would call the members' hash, which is slow, per row
             first = next((r.error for r in results if r.state is state and r.error is not None), None)
-            parts.append(f"{states[state]:,} {state.name.lower()}" + (f" ({first})" if first else ""))
+            parts.append(f"{count:,} {state.name.lower()}" + (f" ({first})" if first else ""))
     return ", ".join(parts) or "no rows"
 
 
