@@ -149,7 +149,7 @@ def test_an_interrupt_ends_a_blocked_consume_and_loses_nothing(conn, broker):
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         conn.consume("orders", "s", timeout=30)
-    assert time.monotonic() - begin < 0.3 + 0.7
+    assert time.monotonic() - begin < 0.3 + 2  # 0.5 s on a machine that is not loaded
     broker.publish("orders", [Outbound(b"1"), Outbound(b"2")])
     assert len(conn.consume("orders", "s", n=2, timeout=5)) == 2
 
