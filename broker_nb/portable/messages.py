@@ -30,14 +30,13 @@ from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.messages import Attributes, Message
 from broker_nb.portable.leases import LeaseKeeper
 from broker_nb.portable.loop import anywhere
-from broker_nb.portable.pulling import Handle, Puller, Taken
+from broker_nb.portable.pulling import Handle, Taken
+from broker_nb.portable.subscription import CLOSE_S, MAX_KNOWN, Subscription
 
 log = logging.getLogger("broker_nb")
 
 MAX_LANES = 4
 RETRIES_S = (0.05, 0.2, 0.5, 1.0)
-CLOSE_S = 2.0
-MAX_KNOWN = 200_000
 VERDICTS = {"ack": Verdict.ACK, "nack": Verdict.RELEASE, "release": Verdict.RELEASE, "reject": Verdict.REJECT}
 
 
@@ -84,15 +83,11 @@ _STATES = {
 }
 
 
-class MessageSubscription:
+class MessageSubscription(Subscription[Message]):
     """Messages of one subscription, held until settled.
 
     Parameters
     ----------
-    name
-        topic/subscription, for texts.
-    open_source
-        Opens one more Source on the subscription.
     hold
         Seconds after delivery until which rows are kept for the caller; then they are given back.
     """
@@ -107,46 +102,20 @@ class MessageSubscription:
     ) -> None:
         if facts.lease is None:
             raise BrokerError(ErrorKind.UNSUPPORTED, name, f"{name} is a log: its rows are committed, not acked one by one")
-        self.name = name
-        self.facts = facts
+        super().__init__(name, capabilities, facts, open_source)
         self.terms = facts.lease
         self.hold = hold
-        self._capabilities = capabilities
-        self._open_source = open_source
-        self._handles: list[Handle] = []
-        self._opening = asyncio.Lock()
         self._known: dict[int, Delivery] = {}
         self._by_token: dict[Token, Delivery] = {}
-        self._puller = Puller(name, capabilities.slice_s, self._choose, self._took)
         self._keeper = LeaseKeeper(self)
-        self._closed: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Open the first source, so that a wrong name is an error now and not later."""
-        await self._choose()
 
     # -------------------------------------------------------------- taking
     @anywhere
-    async def take(
-        self, rows: int, max_bytes: int = 1 << 30, *, timeout: float | None = None, age: float | None = None
-    ) -> list[Taken]:
-        """Take up to `rows` rows; see `Puller.take`. Effect on the broker: they are leased to this session."""
-        return await self._puller.take(rows, max_bytes, timeout=timeout, age=age)
-
-    @anywhere
     async def next_message(self, timeout: float | None = None) -> Message | None:
         """The next message; None when nothing is there within `timeout` seconds (None waits for ever)."""
-        taken = await self._puller.take(1, 1 << 30, timeout=timeout)
-        return self._messages(taken)[0] if taken else None
+        return await self._next(timeout)
 
-    @anywhere
-    async def next_batch(
-        self, timeout: float | None = None, *, count: int = 100, max_bytes: int = 1 << 24, age: float = 0.1
-    ) -> list[Message]:
-        """Up to `count` messages or `max_bytes` bytes, at the latest `age` seconds after the first; empty = nothing yet."""
-        return self._messages(await self._puller.take(count, max_bytes, timeout=timeout, age=age))
-
-    def _messages(self, taken: Iterable[Taken]) -> list[Message]:
+    def _objects(self, taken: Iterable[Taken]) -> list[Message]:
         return [self.message(serial) for part in taken for serial in part.serials]
 
     def message(self, serial: int) -> Message:
@@ -222,12 +191,10 @@ class MessageSubscription:
         return count
 
     def on_event(self, event: Event) -> None:
-        """Told by the connection: the broker took rows away from us, or a handle died."""
-        for token in event.tokens:
+        super().on_event(event)
+        for token in event.tokens:  # the broker took these rows away from us
             if (delivery := self._by_token.get(token)) is not None:
                 self.lose(delivery)
-        if event.kind == "failed" and event.error is not None and any(h.source is event.handle for h in self._handles):
-            self._puller.failure = event.error
 
     def lose(self, delivery: Delivery) -> None:
         """The broker will deliver the row again, or has."""
@@ -328,26 +295,14 @@ class MessageSubscription:
                     delivery.deadline = deadline
 
     # -------------------------------------------------------------- closing
-    @anywhere
-    async def close(self) -> None:
-        """Give back what is held and not settled, then leave. Idempotent; deletes nothing durable."""
-        if self._closed is None:
-            self._closed = asyncio.ensure_future(self._close())
-        await asyncio.shield(self._closed)
-
-    async def _close(self) -> None:
-        self._puller.closed = True
+    async def _give_back(self) -> None:
         self._keeper.stop()
-        for handle in self._handles:
-            await handle.pulls.drained(self._capabilities.slice_s + CLOSE_S)
-        self._puller.drop_ready()
+        await super()._give_back()
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self.release([d for d in self.held() if d.state is State.HELD])
         except TimeoutError:
             log.warning("%s: the broker did not take rows back in %g s; it will when their lease ends", self.name, CLOSE_S)
-        for handle in self._handles:
-            await handle.source.close()
 
 
 def wall(monotonic: float) -> datetime:

@@ -12,8 +12,9 @@ from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.messages import Attributes, Record
 from broker_nb.portable.commits import Prefix
 from broker_nb.portable.loop import anywhere
-from broker_nb.portable.messages import CLOSE_S, MAX_KNOWN, wall
-from broker_nb.portable.pulling import Handle, Puller, Taken
+from broker_nb.portable.messages import wall
+from broker_nb.portable.pulling import Handle, Taken
+from broker_nb.portable.subscription import MAX_KNOWN, Subscription
 
 
 class Committed(NamedTuple):
@@ -26,7 +27,7 @@ class Committed(NamedTuple):
     error: BrokerError | None = None
 
 
-class RecordSubscription:
+class RecordSubscription(Subscription[Record]):
     """Rows of a log, read as a member of a group. Closing commits nothing and gives nothing up: uncommitted rows come again."""
 
     def __init__(
@@ -36,29 +37,18 @@ class RecordSubscription:
         facts: Facts,
         open_source: Callable[[], Coroutine[Any, Any, Source]],
     ) -> None:
-        self.name = name
-        self.facts = facts
-        self._slice = capabilities.slice_s
-        self._open_source = open_source
-        self._handle: Handle | None = None
-        self._opening = asyncio.Lock()
+        super().__init__(name, capabilities, facts, open_source)
         self._prefixes: dict[int, Prefix] = {}
         self._places: dict[int, tuple[int, Position]] = {}
         self._void_below: dict[int, int] = {}  # partition -> serials below were taken away or given back
-        self._next = 1
-        self._puller = Puller(name, capabilities.slice_s, self._choose, self._took)
+        self._next_serial = 1
         self._committing = asyncio.Lock()
-        self._closed: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Join the group."""
-        await self._choose()
 
     async def _choose(self) -> Handle:
         async with self._opening:
-            if self._handle is None:
-                self._handle = Handle(await self._open_source(), concurrent_settle=False)
-            return self._handle
+            if not self._handles:
+                self._handles.append(Handle(await self._open_source(), concurrent_settle=False))
+            return self._handles[0]
 
     def _took(self, handle: Handle, batch: Batch, first: int) -> None:
         del handle
@@ -69,32 +59,17 @@ class RecordSubscription:
             if prefix is None:
                 prefix = self._prefixes[partition] = Prefix()
             prefix.deliver((position,))
-        self._next = first + len(places)
+        self._next_serial = first + len(places)
         if len(self._places) > MAX_KNOWN:
             self._places = {s: (p, at) for s, (p, at) in self._places.items() if not self._prefixes[p].is_done(at)}
 
     # -------------------------------------------------------------- taking
     @anywhere
-    async def take(
-        self, rows: int, max_bytes: int = 1 << 30, *, timeout: float | None = None, age: float | None = None
-    ) -> list[Taken]:
-        """Read up to `rows` rows; see `Puller.take`. Effect on the broker: none until something is committed."""
-        return await self._puller.take(rows, max_bytes, timeout=timeout, age=age)
-
-    @anywhere
     async def next_record(self, timeout: float | None = None) -> Record | None:
         """The next record; None when nothing is there within `timeout` seconds (None waits for ever)."""
-        records = self._records(await self._puller.take(1, 1 << 30, timeout=timeout))
-        return records[0] if records else None
+        return await self._next(timeout)
 
-    @anywhere
-    async def next_batch(
-        self, timeout: float | None = None, *, count: int = 100, max_bytes: int = 1 << 24, age: float = 0.1
-    ) -> list[Record]:
-        """Up to `count` records or `max_bytes` bytes, at the latest `age` seconds after the first; empty = nothing yet."""
-        return self._records(await self._puller.take(count, max_bytes, timeout=timeout, age=age))
-
-    def _records(self, taken: Iterable[Taken]) -> list[Record]:
+    def _objects(self, taken: Iterable[Taken]) -> list[Record]:
         return [
             self._record(part.batch.codec, row, serial)
             for part in taken
@@ -144,7 +119,7 @@ class RecordSubscription:
         named: dict[int, None] = {}
         for serial in serials:
             if serial not in self._places:
-                if 0 < serial < self._next:
+                if 0 < serial < self._next_serial:
                     continue  # done long ago and forgotten
                 raise BrokerError(ErrorKind.INVALID, self.name, f"{self.name}: row {serial} was never delivered to this session")
             partition, position = self._places[serial]
@@ -223,30 +198,14 @@ class RecordSubscription:
         return count
 
     def _void(self, partitions: Iterable[int]) -> None:
-        self._void_below.update(dict.fromkeys(partitions, self._next))
+        self._void_below.update(dict.fromkeys(partitions, self._next_serial))
 
     def on_event(self, event: Event) -> None:
-        """Told by the connection: partitions went to another member, or the handle died."""
-        ours = self._handle is not None and event.handle in (None, self._handle.source)
-        if event.kind == "revoked" and ours:
+        super().on_event(event)
+        if event.kind == "revoked" and any(event.handle in (None, h.source) for h in self._handles):
             for partition in event.partitions & self._prefixes.keys():
                 self._prefixes[partition] = Prefix()
             self._void(event.partitions)
-        if event.kind == "failed" and ours and event.error is not None:
-            self._puller.failure = event.error
-
-    @anywhere
-    async def close(self) -> None:
-        """Leave the group. Idempotent; what was not committed comes again."""
-        if self._closed is None:
-            self._closed = asyncio.ensure_future(self._close())
-        await asyncio.shield(self._closed)
-
-    async def _close(self) -> None:
-        self._puller.closed = True
-        if self._handle is not None:
-            await self._handle.pulls.drained(self._slice + CLOSE_S)
-            await self._handle.source.close()
 
 
 class PlaceCodec:
