@@ -10,6 +10,8 @@ import pytest
 
 from broker_nb.testing.servers import Server, ServerMissing, start
 
+pytest_plugins = ["broker_nb.testing.plugin"]
+
 
 class Keeper:
     """Starts servers on demand and stops them with the run; under pytest-xdist its workers ask over a socket."""

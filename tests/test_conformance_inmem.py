@@ -1,0 +1,124 @@
+"""The conformance suites on the broker in memory."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from broker_nb.backends.driver import Outbound, Sent, Settled
+from broker_nb.backends.inmem.broker import InmemBroker
+from broker_nb.backends.inmem.subscriptions import Queue
+from broker_nb.errors import BrokerError, ErrorKind
+from broker_nb.testing.contract import Contract
+from broker_nb.testing.delivery import Idle
+from broker_nb.testing.groups import Records
+from broker_nb.testing.harness import Harness, OtherTransaction
+from broker_nb.testing.looking import Looking
+from broker_nb.testing.publishing import Publishing
+from broker_nb.testing.settling import Messages
+from broker_nb.testing.states import Ends, MessageStates, RecordStates
+from broker_nb.testing.tails import Tails
+
+pytestmark = pytest.mark.xdist_group("conformance-inmem")
+
+
+class Transaction:
+    def __init__(self, broker: InmemBroker) -> None:
+        self.broker, self.state = broker, broker.begin(uuid.uuid4().hex, 60)
+
+    def send(self, topic: str, bodies: Sequence[bytes]) -> None:
+        with self.broker.lock:
+            self.broker.topic(topic).append([Outbound(body) for body in bodies], None, self.state)
+
+    def commit(self) -> None:
+        assert self.broker.end(self.state, commit=True)
+
+    def abort(self) -> None:
+        assert self.broker.end(self.state, commit=False)
+
+
+class InmemHarness(Harness):
+    scheme = "inmem"
+    never = {  # noqa: RUF012 - never changed
+        "explicit_subscriptions": "a subscription comes by being used",
+        "look_effects": "a look has no effect on this broker",
+        "Stop.UNPROVEN": "the broker always knows its end",
+        "message.SENT": "every settlement is confirmed",
+        "record.SENT": "every commit is confirmed",
+        "record.RETRY": "a commit is stored at once, or never will be",
+    }
+
+    def __init__(self) -> None:
+        self.profile = {"hosts": [f"conformance-{uuid.uuid4().hex}"]}
+        self.broker = InmemBroker.get(self.profile["hosts"][0])
+
+    def make_topic(self, name: str, partitions: int, *, compacted: bool = False, **wishes: Any) -> None:
+        self.broker.create_topic(name, partitions, **wishes)
+
+    def snapshot(self) -> object:
+        with self.broker.lock:
+            return {
+                (topic.name, name): (len(sub.consumers), sub.backlog(), isinstance(sub, Queue) and [d.tries for d in sub._ready])
+                for topic in self.broker.topics.values()
+                for name, sub in topic.subscriptions.items()
+            } | {topic.name: [(log.low, log.high, len(log.rows)) for log in topic.logs] for topic in self.broker.topics.values()}
+
+    def begin(self) -> OtherTransaction:
+        return Transaction(self.broker)
+
+    def delete_before(self, topic: str, offsets: Mapping[int, int]) -> None:
+        self.broker.delete_records(topic, offsets)
+
+    def compact(self, topic: str) -> None:
+        self.broker.compact(topic)
+
+    def expire(self, topic: str) -> None:
+        self.broker.advance(1.1)
+
+    def break_reads(self) -> None:
+        self.broker.fail_next("read", BrokerError(ErrorKind.UNREACHABLE, "inmem", "inmem: gone", retryable=True), times=100)
+
+    def provoke(self, state: str, topic: str) -> None:
+        call, fault = {"message": ("settle", Settled), "Sent": ("send", Sent)}[state.split(".")[0]]
+        self.broker.fail_next(call, fault[state.split(".")[1]])
+
+    def mend(self) -> None:
+        self.broker.faults.clear()
+
+
+@pytest.fixture(scope="module")
+def harness() -> InmemHarness:
+    return InmemHarness()
+
+
+class TestMessages(Messages, on=InmemHarness): ...
+
+
+class TestRecords(Records, on=InmemHarness): ...
+
+
+class TestPublishing(Publishing, on=InmemHarness): ...
+
+
+class TestTails(Tails, on=InmemHarness): ...
+
+
+class TestLooking(Looking, on=InmemHarness): ...
+
+
+class TestContract(Contract, on=InmemHarness): ...
+
+
+class TestEnds(Ends, on=InmemHarness): ...
+
+
+class TestMessageStates(MessageStates, on=InmemHarness): ...
+
+
+class TestRecordStates(RecordStates, on=InmemHarness): ...
+
+
+class TestIdle(Idle, on=InmemHarness): ...
