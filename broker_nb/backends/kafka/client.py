@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message
@@ -174,8 +174,17 @@ class Health:
                 self._host.emit(Event("reconnecting", error=self.unreachable()))
         elif kind_of(error) is ErrorKind.AUTH:
             self.refused = error
-        else:
+        elif kind_of(error) is ErrorKind.UNREACHABLE:
             self.last = error.str()
+
+    def watch(self, note: Callable[[KafkaError], None]) -> Callable[[KafkaError], None]:
+        """An `error_cb` of one handle, which wants to know too."""
+
+        def on_error(error: KafkaError) -> None:
+            self.on_error(error)
+            note(error)
+
+        return on_error
 
     def on_answer(self) -> None:
         """A broker answered."""
@@ -220,6 +229,11 @@ class Settings:
                     plain_text(self._host, "option", text)
         guards = {"allow.auto.create.topics": False, "logger": log, "error_cb": self.health.on_error}
         return asked | guards | dict(forced)
+
+
+def is_about(error: KafkaError, topic: str) -> bool:
+    """Whether an error that came beside the rows ends reading the topic: it, or our right to read it, is gone."""
+    return kind_of(error) in (ErrorKind.NOT_FOUND, ErrorKind.PERMISSION) and error.str().startswith(f"{topic} [")
 
 
 def fetch(consumer: Consumer, max_rows: int, max_bytes: int, wait: float) -> list[Message]:

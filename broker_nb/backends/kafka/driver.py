@@ -158,9 +158,9 @@ class KafkaDriver:
             raise self._host.error(ErrorKind.INVALID, group, text)
         await self._ask(self._catalogue.describe, topic)
         config = member_config(self._settings, group, options)
-        source = KafkaSource(topic, group, self._host.lane(f"kafka-{group}"), self._host, self._settings)
+        source = KafkaSource(topic, group, options.start, self._host.lane(f"kafka-{group}"), self._host, self._settings)
         await source.join(config)
-        self._sources.append(source)
+        self._sources = [s for s in self._sources if not s.closed] + [source]
         return source
 
     async def sender(self, topic: Entity, native: Mapping[str, Any]) -> KafkaSender:

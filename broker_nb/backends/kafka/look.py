@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from broker_nb.backends.driver import Batch, Host, Lane, Piece, Position, Step, Stop
-from broker_nb.backends.kafka.client import Settings, failure, fetch, last_offsets, log, offset_of, split
+from broker_nb.backends.kafka.client import Settings, failure, fetch, is_about, last_offsets, log, offset_of, split
 from broker_nb.backends.kafka.codec import KafkaCodec
 from broker_nb.errors import BrokerError, ErrorKind
 
@@ -17,6 +18,7 @@ _OURS = {
     "fetch.wait.max.ms": 20,  # else the end of a partition is announced 0.4 s late
     "queued.min.messages": 1_000_000,  # the default of 100,000 read at a third of the speed; bounded by 64 MiB all the same
     "max.partition.fetch.bytes": 2 << 20,
+    "topic.metadata.propagation.max.ms": 1000,  # how long a topic that was not found is waited for
 }
 _IDLE = 2  # consumers kept between looks
 _SERVE_S = 5.0  # how often an idle consumer hands over its events
@@ -27,13 +29,27 @@ class Warm:
     """A consumer with its lane. Its connections and metadata make the next look quick."""
 
     lane: Lane
-    consumer: Consumer
     committed_only: bool
-    busy: bool = True
+    consumer: Consumer = field(init=False)
+    browser: KafkaBrowser | None = None  # who reads now
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Make the consumer; on the lane."""
+        self.consumer = Consumer(config)
+
+    def on_error(self, error: KafkaError) -> None:
+        """What the client tells beside the rows; on the lane, while polling."""
+        if self.browser is not None:
+            self.browser.on_error(error)
+
+    def rest(self) -> None:
+        """Read nothing; on the lane."""
+        self.consumer.unassign()
+        self.browser = None
 
     def serve(self) -> None:
         """Let the client hand over its log lines and events, while nobody reads."""
-        if not self.busy:
+        if self.browser is None:
             self.consumer.poll(0)
 
 
@@ -60,19 +76,19 @@ class Looks:
         for warm in self._idle:
             if warm.committed_only is committed_only:
                 self._idle.remove(warm)
-                warm.busy = True
                 return warm
         isolation = "read_committed" if committed_only else "read_uncommitted"
-        forced = {
+        forced: dict[str, Any] = {
             "isolation.level": isolation,
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "auto.offset.reset": "error",  # an offset that is not there is told, never replaced
         }
-        config = self._settings.config(_OURS, forced)
         lane = self._host.lane("kafka-look")
+        warm = Warm(lane, committed_only)
+        forced["error_cb"] = self._settings.health.watch(warm.on_error)
         try:
-            warm = Warm(lane, await lane.run(Consumer, config), committed_only)
+            await lane.run(warm.open, self._settings.config(_OURS, forced))
         except KafkaException as error:
             lane.close()
             raise failure(self._host, "kafka", error) from error
@@ -84,8 +100,7 @@ class Looks:
         if not healthy or self._closed or len(self._idle) >= _IDLE:
             await self._drop(warm)
             return
-        await warm.lane.run(warm.consumer.unassign)
-        warm.busy = False
+        await warm.lane.run(warm.rest)
         self._idle.append(warm)
 
     async def _drop(self, warm: Warm) -> None:
@@ -115,6 +130,7 @@ class KafkaBrowser:
 
     def assign(self) -> None:
         """On the lane. The client drops what earlier assignments left in its queues."""
+        self._warm.browser = self
         self._warm.consumer.assign([TopicPartition(self._topic, p, self._starts[p]) for p in sorted(self._open)])
 
     async def read(self, max_rows: int, max_bytes: int, wait: float) -> Step:
@@ -176,6 +192,11 @@ class KafkaBrowser:
         elif error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
             log.debug("%s: %s; no group is joined, so it does not matter", self._topic, error)
         else:
+            self._failed = failure(self._host, self._topic, error)
+
+    def on_error(self, error: KafkaError) -> None:
+        """On the lane, while reading: an error that does not come as a row."""
+        if is_about(error, self._topic):
             self._failed = failure(self._host, self._topic, error)
 
     def _why(self, partition: int, offset: int) -> Stop:
