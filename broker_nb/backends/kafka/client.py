@@ -100,6 +100,10 @@ _KINDS: dict[int, ErrorKind] = {
     for code in codes
 }
 _RETRYABLE = frozenset({ErrorKind.UNREACHABLE, ErrorKind.TIMEOUT, ErrorKind.THROTTLED, ErrorKind.TRANSIENT})
+_OURS = {
+    "client.id": "broker_nb",
+    "reconnect.backoff.max.ms": 1000,  # the client's own 10 s would outlast every question after a restart of the broker
+}
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 
@@ -222,7 +226,7 @@ class Settings:
 
     def config(self, ours: Mapping[str, Any], forced: Mapping[str, Any], native: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Settings of one handle: our defaults, the profile's options, the call's own, and what must not be changed."""
-        asked = {"bootstrap.servers": self.servers, "client.id": "broker_nb", **ours, **self._options, **native}
+        asked = {"bootstrap.servers": self.servers, **_OURS, **ours, **self._options, **native}
         for name, value in asked.items():
             for text in (name, value):
                 if isinstance(text, str):
