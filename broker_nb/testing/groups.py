@@ -14,7 +14,7 @@ class Records(Delivery):
     """A topic with consumer groups."""
 
     family = Family.RECORD
-    needs = ("record",)
+    needs = ("records",)
 
     @case()
     async def test_a_new_group_gets_the_past_then_what_comes(self, bench: Bench) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import pytest
 
@@ -29,7 +29,7 @@ from broker_nb.portable.client import Client
 if TYPE_CHECKING:
     from broker_nb.testing.bench import Bench
 
-S = TypeVar("S", bound="Suite")
+FAMILIES = {"messages": Family.MESSAGE, "records": Family.RECORD}
 
 
 class OtherTransaction(Protocol):
@@ -95,7 +95,7 @@ class Harness:
         raise NotImplementedError
 
     def compact(self, topic: str) -> None:
-        """Leave only the newest row of each key below the last row; returns when it is done."""
+        """Append a row with body b"last" and a key of its own, and leave only the newest row of each key before it."""
         raise NotImplementedError
 
     def expire(self, topic: str) -> None:
@@ -118,15 +118,15 @@ class Harness:
     def missing(cls, feature: str) -> Missing | None:
         """Why a feature is not there; None when it is.
 
-        A feature is a family ("message", "record"), a field of Capabilities, a hook of the harness, a wish, or a state.
+        A feature is a family ("messages", "records"), a field of Capabilities, a hook of the harness, a wish, or a state.
         """
         able = cls.capabilities()
         told = [(c.never, "never") for c in (able, cls)] + [(c.notyet, "notyet") for c in (able, cls)]
         for reasons, state in told:
             if feature in reasons:
                 return Missing(state, reasons[feature])
-        if feature in {family.value for family in Family}:
-            there = Family(feature) in able.families
+        if feature in FAMILIES:
+            there = FAMILIES[feature] in able.families
         elif feature in Capabilities.__dataclass_fields__:
             there = bool(getattr(able, feature))
         elif hasattr(Harness, feature):

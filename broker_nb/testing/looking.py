@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
 from broker_nb.backends.driver import COLUMNS, Entity, Kind, Piece
 from broker_nb.errors import ErrorKind
@@ -41,17 +42,28 @@ class Looking(Suite):
         before, missing = await bench.snapshot(), bench.name("missing")
         entity = Entity(Kind.TOPIC, missing)
         driver = bench.client.driver
-        for call in (
-            bench.client.facts(entity),
-            bench.look(missing),
-            driver.facts(entity),
-            driver.facts(Entity(Kind.SUBSCRIPTION, "nobody", missing)),
-            driver.bounds(entity, True),
-            driver.browse(entity, [Piece(0, (0,), (1,))], COLUMNS, True, frozenset()),
-            driver.backlog(Entity(Kind.SUBSCRIPTION, "nobody", missing)),
-        ):
+        subscription = Entity(Kind.SUBSCRIPTION, "nobody", missing)
+
+        async def browse() -> None:
+            look = await driver.browse(entity, [Piece(0, (0,), (1,))], COLUMNS, True, frozenset())
+            try:
+                while True:
+                    await look.read(1, 1000, bench.capabilities.slice_s)
+            finally:
+                await look.close()
+
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: bench.client.facts(entity),
+            lambda: bench.look(missing),
+            lambda: driver.facts(entity),
+            lambda: driver.facts(subscription),
+            lambda: driver.bounds(entity, True),
+            lambda: driver.backlog(subscription),
+            browse,
+        ]
+        for call in calls:
             began = time.monotonic()
-            error = await refusal(call)
+            error = await refusal(call())
             assert error.kind is ErrorKind.NOT_FOUND, error
             assert missing in str(error)
             assert time.monotonic() - began < 5

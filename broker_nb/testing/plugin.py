@@ -45,7 +45,8 @@ def connection(harness: Harness) -> Iterator[tuple[Client, Watch]]:
 @pytest.fixture(scope="module")
 def silent(request: pytest.FixtureRequest, harness: Harness, connection: tuple[Client, Watch]) -> Iterator[dict[type, Reader]]:
     """Subscriptions on which nothing happens, one per idle suite of the module, opened before its first case."""
-    suites = {i.cls for i in request.session.items if i.module is request.module and issubclass(i.cls or object, Idle)}  # type: ignore[attr-defined] # of pytest.Function
+    mine = [i for i in request.session.items if isinstance(i, pytest.Function) and i.module is request.module]
+    suites = {i.cls for i in mine if i.originalname in vars(Idle) and i.cls is not None and issubclass(i.cls, Idle)}
     readers = {}
     for suite in suites:
         bench = Bench(harness, *connection, suite.family)

@@ -18,7 +18,7 @@ class Messages(Delivery):
     """A topic with a queue subscription."""
 
     family = Family.MESSAGE
-    needs = ("message",)
+    needs = ("messages",)
 
     @case()
     async def test_two_nacked_come_again(self, bench: Bench) -> None:

@@ -16,6 +16,7 @@ from broker_nb.backends.driver import (
     Outcome,
     Piece,
     SendResult,
+    Sent,
     Settled,
     Settlement,
     Source,
@@ -85,7 +86,7 @@ class Ends(Suite):
         """An accepted row has no error, and is there."""
         topic = await bench.topic()
         (result,) = await send(bench, topic, Outbound(b"1"))
-        assert result.state.name == "ACCEPTED"
+        assert result.state is Sent.ACCEPTED
         assert shown(await steps(bench, topic)) == [b"1"]
 
     @case("Sent.DUPLICATE")
@@ -95,7 +96,7 @@ class Ends(Suite):
         run = bench.name("run")
         rows = [Outbound(b"%d" % seq, dedupe=DedupeId(run, seq)) for seq in (1, 2, 1)]
         results = await send(bench, topic, *rows[:2]) + await send(bench, topic, rows[2])
-        assert [r.state.name for r in results] == ["ACCEPTED", "ACCEPTED", "DUPLICATE"]
+        assert [r.state for r in results] == [Sent.ACCEPTED, Sent.ACCEPTED, Sent.DUPLICATE]
         assert shown(await steps(bench, topic)) == [b"1", b"2"]
 
     @case("Sent.REFUSED")
@@ -103,8 +104,10 @@ class Ends(Suite):
         """A row for a partition that is not there is refused, a later one of its key is not sent, the others are stored."""
         topic = await bench.topic()
         rows = [Outbound(b"1", b"a"), Outbound(b"2", b"b", partition=999), Outbound(b"3", b"b"), Outbound(b"4", b"a")]
-        results = await send(bench, topic, *rows)
-        assert [r.state.name for r in results] == ["ACCEPTED", "REFUSED", "REFUSED", "ACCEPTED"]
+        results: list[SendResult] = []
+        await (await bench.client.topic(topic)).send(rows, results)
+        results += await send(bench, topic, rows[1])  # also by a sender that was not asked first
+        assert [r.state for r in results] == [Sent.ACCEPTED, Sent.REFUSED, Sent.REFUSED, Sent.ACCEPTED, Sent.REFUSED]
         assert all(topic in str(r.error) for r in results if r.error is not None)
         assert shown(await steps(bench, topic)) == [b"1", b"4"]
 
@@ -112,10 +115,12 @@ class Ends(Suite):
     async def test_unknown(self, bench: Bench) -> None:
         """A send whose answer does not come is unknown, and a later row of its key is not sent."""
         topic = await bench.topic()
+        sender = await bench.client.driver.sender(Entity(Kind.TOPIC, topic), {})
         await asyncio.to_thread(bench.harness.provoke, "Sent.UNKNOWN", topic)
-        first, second = await send(bench, topic, Outbound(b"1", b"a"), Outbound(b"2", b"a"))
-        assert first.state.name == "UNKNOWN"
-        assert second.state.name in ("REFUSED", "UNKNOWN")
+        first, second = await sender.send([Outbound(b"1", b"a"), Outbound(b"2", b"a")])
+        assert first.state is Sent.UNKNOWN
+        assert second.state in (Sent.REFUSED, Sent.UNKNOWN)
+        await sender.close()
 
 
 class Settlements(Suite):
@@ -149,7 +154,7 @@ class MessageStates(Settlements):
     """Family MESSAGE."""
 
     family = Family.MESSAGE
-    needs = ("message",)
+    needs = ("messages",)
 
     @case("message.LOST", "expire")
     async def test_lost(self, bench: Bench) -> None:
@@ -172,7 +177,7 @@ class RecordStates(Settlements):
     """Family RECORD."""
 
     family = Family.RECORD
-    needs = ("record",)
+    needs = ("records",)
 
     @case("record.LOST")
     async def test_lost(self, bench: Bench) -> None:
