@@ -88,6 +88,7 @@ class AioConnection:
     publish = _awaited(Session.publish)
     subscribe = _awaited(Session.subscribe)
     topic = _awaited(Session.topic)
+    transactional_publisher = _awaited(Session.transactional_publisher)
     close = _awaited(Session.close)
 
 

@@ -14,7 +14,7 @@ from broker_nb import settling
 from broker_nb.backends import profile_from_url
 from broker_nb.backends.driver import Effect, Kind
 from broker_nb.errors import BrokerError, ErrorKind
-from broker_nb.interfaces import Topic
+from broker_nb.interfaces import Topic, TransactionalPublisher
 from broker_nb.portable.client import Client
 from broker_nb.portable.messages import MessageSubscription
 from broker_nb.portable.ranges import parse_duration, parse_range
@@ -357,6 +357,10 @@ class Session:
     async def topic(self, name: str) -> Topic:
         """A publisher for one topic (`publish`, `batch_publish`); NOT_FOUND when it is not there."""
         return await self.client.topic(name)
+
+    async def transactional_publisher(self, transactional_id: str, *, timeout: float = 60.0) -> TransactionalPublisher:
+        """A publisher whose messages become visible together: `async with publisher.transaction(): ...`; UNSUPPORTED without."""
+        return await self.client.transactional_publisher(transactional_id, timeout)
 
     async def close(self) -> None:
         """Give back what is held and disconnect. Idempotent; deletes nothing durable."""

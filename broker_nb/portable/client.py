@@ -18,6 +18,7 @@ from broker_nb.portable.messages import MessageSubscription
 from broker_nb.portable.publish import TopicPublisher
 from broker_nb.portable.ranges import Range
 from broker_nb.portable.records import RecordSubscription
+from broker_nb.portable.transactions import TransactionalClientPublisher
 
 log = logging.getLogger("broker_nb")
 
@@ -248,6 +249,26 @@ class Client:
                 await publisher.start()
                 self._publishers[name] = publisher
             return publisher
+
+    @anywhere
+    async def transactional_publisher(self, transactional_id: str, timeout: float = 60.0) -> TransactionalClientPublisher:
+        """A publisher whose messages become visible together.
+
+        Parameters
+        ----------
+        transactional_id
+            Whoever used it before is fenced when a transaction begins.
+        timeout
+            Seconds after which the broker aborts a transaction that is left open.
+        """
+        self._check_open()
+        if not self.driver.capabilities.transactions:
+            why = {**self.driver.capabilities.notyet, **self.driver.capabilities.never}.get("transactions", "")
+            text = f"{self.host.name} has no transactions" + (f" ({why})" if why else "") + "; publish without one"
+            raise BrokerError(ErrorKind.UNSUPPORTED, transactional_id, text)
+        return TransactionalClientPublisher(
+            transactional_id, lambda: self.driver.begin(transactional_id, timeout), self.guard_writing
+        )
 
     # -------------------------------------------------------------- closing
     @anywhere

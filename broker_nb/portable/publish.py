@@ -57,7 +57,7 @@ class TopicPublisher:
         rows = [Outbound(m.data, m.key, m.attributes) for m in messages]
         results: list[SendResult] = []
         await self.send(rows, results)
-        return [_published(r) for r in results]
+        return [published(r) for r in results]
 
     async def check(self, rows: Sequence[Outbound]) -> dict[int, str]:
         """Without sending: index of each row that can never be sent -> one line why."""
@@ -152,7 +152,8 @@ def _stopped(rows: Sequence[Outbound], sent: Sequence[SendResult]) -> set[bytes]
     return {row.key for row, result in zip(rows, sent, strict=True) if result.state in bad and row.key is not None}
 
 
-def _published(result: SendResult) -> Published:
+def published(result: SendResult) -> Published:
+    """A driver's result as a person's."""
     return Published(
         state=result.state.name.lower(),
         id=result.id,
