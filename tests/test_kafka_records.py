@@ -278,6 +278,32 @@ def test_idle_member_lets_another_one_in(bed):
     assert on(bed, body) < 10
 
 
+@pytest.mark.parametrize("native", PROTOCOLS)
+def test_a_partition_that_an_idle_member_lost_is_read_when_it_comes_back(bed, native):
+    """An idle member's partitions are paused, and the client remembers that while another member has them."""
+    name, entity = filled(bed, partitions=2)
+
+    async def body(opened):
+        ours = await opened.subscribe(entity, replace(RECORDS, native=native))
+        await pull(ours, 20)
+        await ours.commit({0: (10,), 1: (10,)})
+        member = bed.member(entity.name, **native)
+        member.subscribe([name])
+        end = time.monotonic() + 20
+        while not member.assignment():  # given up while ours is idle
+            assert time.monotonic() < end
+            assert await asyncio.to_thread(member.poll, 0.1) is None
+        assert await ours.pull(1, ALL, 0.1) is None
+        await asyncio.to_thread(member.close)
+        bed.put(name, b"10", partition=0)
+        bed.put(name, b"10", partition=1)
+        came = set()  # a row may come twice, when the other one comes to us in a later rebalance
+        while came != {0, 1}:
+            came |= {row.partition for row in await pull(ours, 1)}
+
+    on(bed, body, 80)
+
+
 def test_close_in_the_middle_of_a_slice_and_twice(bed):
     _, entity = filled(bed, rows=0)
 

@@ -105,7 +105,7 @@ class KafkaSource:
             self._consumer.assign(places + rest)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        del consumer
+        consumer.resume(partitions)  # the client would remember a pause until they come back, and never read them
         gone = frozenset(tp.partition for tp in partitions)
         self._assigned -= gone
         self._rows = [m for m in self._rows if m.partition() not in gone]
