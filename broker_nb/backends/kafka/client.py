@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,26 @@ from broker_nb.errors import BrokerError, ErrorKind
 
 log = logging.getLogger("broker_nb.kafka")
 log.addHandler(logging.NullHandler())  # without any handler logging's last resort would print the client's lines to stderr
+
+
+class _Once(logging.Filter):
+    """Lets a line pass every 30 s: while a broker is away each handle repeats itself twenty times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line, now = record.getMessage().partition(" (after ")[0], time.monotonic()
+        if now - self._seen.get(line, -math.inf) < 30:
+            return False
+        if len(self._seen) > 100:
+            self._seen.clear()
+        self._seen[line] = now
+        return True
+
+
+log.addFilter(_Once())
 
 CONSUME = 1000
 """Rows per client call: larger batches were slower, smaller ones too."""
@@ -171,7 +192,6 @@ class Health:
 
     def on_error(self, error: KafkaError) -> None:
         """The clients' `error_cb`."""
-        log.info("%s: %s", self._servers, error)
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             if self.down_since is None:
                 self.down_since = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from broker_nb.backends.kafka.codec import KafkaCodec
 from broker_nb.errors import BrokerError, ErrorKind
 
 _CLOSE_S = 1.9
+_COMMIT_S = 5.0
 _REST_S = 1.0  # how often an idle member polls: also how long a rebalance of the group may wait for us
 _ASK_S = 5.0
 _SEEK_TRIES = 20
@@ -37,9 +39,6 @@ def member_config(settings: Settings, group: str, options: TakeOptions) -> dict[
         "fetch.wait.max.ms": 100,
         "queued.min.messages": max(1000, options.max_held),
         "topic.metadata.propagation.max.ms": 5000,  # how long a topic that was not found is waited for
-        # Bounds of a commit while the broker is away; the client's own are 10 min and 1 min.
-        "coordinator.query.interval.ms": 5_000,
-        "socket.timeout.ms": 10_000,
     }
     # A partition without a usable position is told, and begun by us: the client would jump over rows in silence.
     forced = {"group.id": group, "enable.auto.commit": False, "enable.partition.eof": False, "auto.offset.reset": "error"}
@@ -58,6 +57,7 @@ class KafkaSource:
         self._assigned: set[int] = set()
         self._resting = False
         self._rows: list[Message] = []  # read and not handed out
+        self._answers: dict[frozenset[tuple[int, int]], dict[int, KafkaError | None]] = {}  # to commits
         self._failed: BrokerError | None = None
         self.closed = False
         self.member_id: str | None = None
@@ -73,7 +73,9 @@ class KafkaSource:
         self._lane.idle(self._rest, min(_REST_S, longest / 4))
 
     def _join(self, config: dict[str, Any]) -> None:
-        self._consumer = Consumer(config | {"error_cb": self._settings.health.watch(self._on_error)})
+        self._consumer = Consumer(
+            config | {"error_cb": self._settings.health.watch(self._on_error), "on_commit": self._on_commit}
+        )
         self._consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -208,17 +210,30 @@ class KafkaSource:
         return await self._lane.run(self._commit, positions)
 
     def _commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
-        """On the lane, where partitions come and go: the broker would take a commit for a partition that is no longer ours."""
-        outcomes = {p: Outcome(Settled.LOST) for p in positions if p not in self._assigned}
-        ours = [TopicPartition(self._topic, p, offset_of(at)) for p, at in positions.items() if p in self._assigned]
-        if not ours:
+        """On the lane, where partitions come and go: the broker would take a commit for a partition that is no longer ours.
+
+        Not the client's blocking commit, which without a broker does not return until the session has ended.
+        """
+        offsets = {p: offset_of(at) for p, at in positions.items() if p in self._assigned}
+        outcomes = {p: Outcome(Settled.LOST) for p in positions if p not in offsets}
+        if not offsets:
             return outcomes
+        key = frozenset(offsets.items())
+        self._answers.clear()
         try:
-            for tp in self._consumer.commit(offsets=ours, asynchronous=False):
-                outcomes[tp.partition] = self._outcome(tp.error) if tp.error is not None else Outcome(Settled.CONFIRMED)
+            self._consumer.commit(offsets=[TopicPartition(self._topic, p, offset) for p, offset in key], asynchronous=True)
         except KafkaException as error:
-            outcomes |= dict.fromkeys((tp.partition for tp in ours), self._outcome(error.args[0]))
-        return outcomes
+            return outcomes | dict.fromkeys(offsets, self._outcome(error.args[0]))
+        end = time.monotonic() + _COMMIT_S
+        while key not in self._answers and time.monotonic() < end and not self.closed:
+            self._take(fetch(self._consumer, 1, 0, 0.05))  # hands over the answer; a row that comes is kept
+        answer = self._answers.get(key, dict.fromkeys(offsets, KafkaError(KafkaError._TIMED_OUT, "no answer to the commit")))
+        return outcomes | {p: Outcome(Settled.CONFIRMED) if e is None else self._outcome(e) for p, e in answer.items()}
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        self._answers[frozenset((tp.partition, tp.offset) for tp in partitions)] = {
+            tp.partition: tp.error or error for tp in partitions
+        }
 
     def _outcome(self, error: KafkaError) -> Outcome:
         kind = kind_of(error)

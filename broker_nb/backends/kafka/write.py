@@ -137,6 +137,8 @@ class Writer:
             if self._closed:
                 sending.halt = self._host.error(ErrorKind.CLOSED, sending.topic, f"{sending.topic}: the connection was closed")
             rest = sending.refuse_some([*sorted(sending.again), *unsent])
+        if sending.halt is None:
+            self._settings.health.on_answer()
 
     def _produce(self, producer: Producer, sending: _Sending, todo: Sequence[int]) -> Sequence[int]:
         """Hand rows to the client until one fails; what was not handed over."""
