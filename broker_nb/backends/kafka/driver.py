@@ -34,6 +34,8 @@ from broker_nb.errors import BrokerError, ErrorKind
 
 T = TypeVar("T")
 
+# Else questions about groups go unanswered for minutes after a restart of the broker: only a refresh connects to coordinators again.
+_ADMIN = {"topic.metadata.refresh.interval.ms": 2000}
 _GRACE_S = 1.0  # for the second address of a name, after the first one refused
 
 
@@ -185,7 +187,7 @@ class KafkaDriver:
 def _connect(settings: Settings, host: Host) -> tuple[AdminClient, str]:
     """On the admin lane: the first answer of the cluster, or why there is none, within the profile's time-out."""
     deadline = time.monotonic() + settings.timeout
-    admin = AdminClient(settings.config({}, {}))
+    admin = AdminClient(settings.config(_ADMIN, {}))
     answer, health = admin.describe_cluster(request_timeout=settings.timeout), settings.health
     while not answer.done():
         admin.poll(0.02)  # hands over the connection's errors
