@@ -226,9 +226,10 @@ def test_a_limit_cuts_and_says_so(conn, broker, said):
 
 
 def test_a_byte_limit_cuts_between_fetches_and_says_so(conn, broker, said):
-    orders(broker, 20_000)
+    orders(broker, 40_000)
     frame = conn.sample("orders", "..end", max_bytes=1000)
-    assert 0 < len(frame) < 20_000
+    assert 0 < len(frame) < 40_000
+    assert frame.attrs["complete"] is False
     assert "INCOMPLETE (limit of 1,000 bytes)" in said[-1]
 
 

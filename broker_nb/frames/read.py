@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from broker_nb.backends.driver import Batch
@@ -14,6 +16,9 @@ from broker_nb.frames.columns import paused_gc
 from broker_nb.frames.report import PartReport, ReadReport
 from broker_nb.portable.look import READ_ROWS, Look
 from broker_nb.portable.pulling import Taken
+
+AHEAD = 2
+"""Batches given to the converting thread before the oldest is waited for."""
 
 
 async def read_look(
@@ -45,7 +50,7 @@ async def read_look(
     if kept == limit and (trimming or before > limit):
         wanted = (asked.newest or asked.oldest or 0) * (len(summary.parts) if asked.per_partition else 1)
         if not trimming or min(wanted, before) > limit:
-            summary.stopped = f"limit of {limit:,} messages"  # rows that were read are cut off
+            look.stop(f"limit of {limit:,} messages")
     complete = summary.complete
     made = ReadReport(
         verb="sample",
@@ -71,24 +76,28 @@ def _trims(look: Look) -> bool:
 
 
 async def _convert(look: Look, builder: FrameBuilder, limit: int, max_bytes: int, timeout: float | None) -> None:
-    """Read the look to its end or to a limit, converting a batch while the next is fetched."""
+    """Read the look to its end or to a limit, converting batches while the next are fetched."""
     trimming = _trims(look)
     read_rows = READ_ROWS if trimming or builder.filtering else min(READ_ROWS, limit)
-    async with contextlib.aclosing(look.batches(timeout, read_rows)) as batches:
-        converting: asyncio.Future[int] | None = None
-        async for batch in batches:
-            if converting is not None:
-                await converting
-            converting = None
-            if builder.rows >= limit and not trimming:
-                look.stop(f"limit of {limit:,} messages")
-                break
-            if builder.bytes >= max_bytes:
-                look.stop(f"limit of {max_bytes:,} bytes")
-                break
-            converting = asyncio.ensure_future(asyncio.to_thread(builder.add, batch))
-        if converting is not None:
-            await converting
+    loop, under_way = asyncio.get_running_loop(), deque[asyncio.Future[int]]()
+    # A thread of its own with a batch in hand goes on by itself; it would wait for the loop, and the loop for the interpreter.
+    converter = ThreadPoolExecutor(1, "broker-nb-convert")
+    try:
+        async with contextlib.aclosing(look.batches(timeout, read_rows)) as batches:
+            async for batch in batches:
+                while len(under_way) >= AHEAD:
+                    await under_way.popleft()
+                if builder.rows >= limit and not trimming:
+                    look.stop(f"limit of {limit:,} messages")
+                    break
+                if builder.bytes >= max_bytes:
+                    look.stop(f"limit of {max_bytes:,} bytes")
+                    break
+                under_way.append(loop.run_in_executor(converter, builder.add, batch))
+        for conversion in under_way:
+            await conversion
+    finally:
+        converter.shutdown(wait=False, cancel_futures=True)
 
 
 def _with_notes(counts: dict[str, Any], notes: Iterable[str]) -> dict[str, Any]:

@@ -129,9 +129,8 @@ class Look:
             self.summary.parts[piece.partition] = Part(piece.partition, piece.start, piece.end, cut=aged)
 
     def stop(self, why: str) -> None:
-        """The reader has had enough; what was not read is then missing, and said to be."""
-        if not self.summary.stopped and not all(p.done for p in self.summary.parts.values()):
-            self.summary.stopped = why
+        """The reader leaves rows behind, in its hand or unread, whatever the broker has proved; the first reason stays."""
+        self.summary.stopped = self.summary.stopped or why
 
     async def batches(self, timeout: float | None = None, read_rows: int = READ_ROWS) -> AsyncGenerator[Batch, None]:
         """Every batch of the range; close the generator to end the look early.

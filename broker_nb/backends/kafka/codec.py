@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
@@ -13,12 +14,12 @@ from broker_nb.messages import Attribute
 _MS = 1_000_000
 
 
-def _times(rows: Sequence[Message]) -> list[int | None]:
-    times: list[int | None] = [m.timestamp()[1] * _MS for m in rows]
+def _times(rows: Sequence[Message]) -> Sequence[int | None]:
+    ms = list(map(itemgetter(1), map(Message.timestamp, rows)))
     # The client's -1 stands for "none" only together with its type; a producer may set a time before 1970.
-    if times and min(times) < 0:  # type: ignore[type-var,operator] # no None yet
+    if ms and min(ms) < 0:
         return [_time(m) for m in rows]
-    return times
+    return [t * _MS for t in ms]
 
 
 def _time(message: Message) -> int | None:
@@ -31,19 +32,19 @@ class KafkaCodec:
 
     def __init__(self, topic: str) -> None:
         self._topic = topic
-        self._columns: dict[str, Callable[[Sequence[Message]], Column]] = {
-            "topic": lambda rows: topic,
-            "partition": lambda rows: [m.partition() for m in rows],
-            "offset": lambda rows: [m.offset() for m in rows],
-            "key": lambda rows: [m.key() for m in rows],
-            "data": lambda rows: [m.value() for m in rows],
-            "attributes": lambda rows: [m.headers() for m in rows],
-            "publish_time_ns": _times,
-            "delivery_count": lambda rows: None,
+        self._getters: dict[str, Callable[[Message], Any]] = {
+            "partition": Message.partition,
+            "offset": Message.offset,
+            "key": Message.key,
+            "data": Message.value,
+            "attributes": Message.headers,
         }
 
     def columns(self, rows: Sequence[Any], want: frozenset[str]) -> Mapping[str, Column]:
-        return {name: make(rows) for name, make in self._columns.items() if name in want}
+        made: dict[str, Column] = {name: list(map(get, rows)) for name, get in self._getters.items() if name in want}
+        if "publish_time_ns" in want:
+            made["publish_time_ns"] = _times(rows)
+        return made | {name: value for name, value in (("topic", self._topic), ("delivery_count", None)) if name in want}
 
     def envelope(self, row: Message) -> Envelope:
         partition, offset = row.partition(), row.offset()
