@@ -102,7 +102,14 @@ class FrameBuilder:
     # ------------------------------------------------------------------ one batch
     def add(self, batch: Batch, leases: Sequence[str] | None = None) -> int:
         """Take in a batch, and its rows' leases where they are held. Returns how many rows stay (before the trimming of a count)."""
-        columns, lost = to_columns(batch, self._attributes, leases)
+        return self.keep(*self.convert(batch, leases))
+
+    def convert(self, batch: Batch, leases: Sequence[str] | None = None) -> tuple[dict[str, Any], int]:
+        """The first half of `add`, which remembers nothing: it may run beside `keep`, on another thread."""
+        return to_columns(batch, self._attributes, leases)
+
+    def keep(self, columns: dict[str, Any], lost: int) -> int:
+        """The second half of `add`: what `convert` gave is decoded and filtered, mostly outside of the interpreter."""
         self._times_lost += lost
         self.bytes += pc.sum(pc.binary_length(columns["data"])).as_py() or 0
         columns = self._within(columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import time
 from collections import deque
@@ -17,8 +18,8 @@ from broker_nb.frames.report import PartReport, ReadReport
 from broker_nb.portable.look import READ_ROWS, Look
 from broker_nb.portable.pulling import Taken
 
-AHEAD = 2
-"""Batches given to the converting thread before the oldest is waited for."""
+AHEAD = 3
+"""Batches given to the converting threads before the oldest is waited for."""
 
 
 async def read_look(
@@ -79,9 +80,13 @@ async def _convert(look: Look, builder: FrameBuilder, limit: int, max_bytes: int
     """Read the look to its end or to a limit, converting batches while the next are fetched."""
     trimming = _trims(look)
     read_rows = READ_ROWS if trimming or builder.filtering else min(READ_ROWS, limit)
-    loop, under_way = asyncio.get_running_loop(), deque[asyncio.Future[int]]()
-    # A thread of its own with a batch in hand goes on by itself; it would wait for the loop, and the loop for the interpreter.
-    converter = ThreadPoolExecutor(1, "broker-nb-convert")
+    under_way = deque[asyncio.Future[int]]()
+    # Threads of their own with a batch in hand go on by themselves; they would wait for the loop, and it for the interpreter.
+    converter, keeper = (ThreadPoolExecutor(1, f"broker-nb-{name}") for name in ("convert", "keep"))
+
+    def keep(converted: concurrent.futures.Future[tuple[dict[str, Any], int]]) -> int:
+        return builder.keep(*converted.result())
+
     try:
         async with contextlib.aclosing(look.batches(timeout, read_rows)) as batches:
             async for batch in batches:
@@ -93,11 +98,20 @@ async def _convert(look: Look, builder: FrameBuilder, limit: int, max_bytes: int
                 if builder.bytes >= max_bytes:
                     look.stop(f"limit of {max_bytes:,} bytes")
                     break
-                under_way.append(loop.run_in_executor(converter, builder.add, batch))
-        for conversion in under_way:
-            await conversion
+                converted = converter.submit(builder.convert, batch)
+                under_way.append(asyncio.wrap_future(keeper.submit(keep, converted)))
+                under_way[-1].add_done_callback(_seen)
+        for kept in under_way:
+            await kept
     finally:
         converter.shutdown(wait=False, cancel_futures=True)
+        keeper.shutdown(wait=False, cancel_futures=True)
+
+
+def _seen(kept: asyncio.Future[int]) -> None:
+    """The first failure is raised; those of batches behind it are not worth a line in the log."""
+    if not kept.cancelled():
+        kept.exception()
 
 
 def _with_notes(counts: dict[str, Any], notes: Iterable[str]) -> dict[str, Any]:
