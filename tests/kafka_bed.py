@@ -5,8 +5,8 @@ import contextlib
 import time
 import uuid
 
-from confluent_kafka import Consumer, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, OffsetSpec, ResourceType
 from confluent_kafka.cimpl import NewTopic
 
 from broker_nb.backends.driver import COLUMNS, Entity, Family, Kind, Piece, TakeOptions
@@ -54,6 +54,32 @@ class Bed:
 
     def groups(self):
         return {g.group_id for g in self.admin.list_consumer_groups().result(10).valid}
+
+    def snapshot(self):
+        """Ends of topics, members and positions of groups."""
+        admin, topics = self.admin, self.admin.list_topics(timeout=10).topics
+        places = [TopicPartition(t, p) for t, found in topics.items() if not t.startswith("__") for p in found.partitions]
+        ends = admin.list_offsets(dict.fromkeys(places, OffsetSpec.latest())) if places else {}
+        groups = sorted(self.groups())
+        members = admin.describe_consumer_groups(groups) if groups else {}
+        committed = {g: admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(g)])[g].result(10) for g in groups}
+        return (
+            {(tp.topic, tp.partition): found.result(10).offset for tp, found in ends.items()},
+            {group: sorted(m.member_id for m in found.result(10).members) for group, found in members.items()},
+            {group: sorted((tp.topic, tp.partition, tp.offset) for tp in c.topic_partitions) for group, c in committed.items()},
+        )
+
+    def await_compaction(self, topic):
+        """Until the first row of a topic is gone."""
+        quick = ConfigEntry("log.cleaner.backoff.ms", "100", incremental_operation=AlterConfigOpType.SET)
+        broker = ConfigResource(ResourceType.BROKER, "1", incremental_configs=[quick])
+        self.admin.incremental_alter_configs([broker])[broker].result(10)
+        consumer, deadline = Consumer(self.common | {"group.id": "none"}), time.monotonic() + 60
+        while True:
+            consumer.assign([TopicPartition(topic, 0, 0)])
+            if (row := consumer.poll(5)) is not None and row.offset() > 0:
+                return consumer.close()
+            assert time.monotonic() < deadline, "Kafka did not compact"
 
     def member(self, group, **options):
         return Consumer(

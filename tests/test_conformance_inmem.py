@@ -12,15 +12,8 @@ from broker_nb.backends.driver import Outbound, Sent, Settled
 from broker_nb.backends.inmem.broker import InmemBroker
 from broker_nb.backends.inmem.subscriptions import Queue
 from broker_nb.errors import BrokerError, ErrorKind
-from broker_nb.testing.contract import Contract
-from broker_nb.testing.delivery import Idle
-from broker_nb.testing.groups import Records
 from broker_nb.testing.harness import Harness, OtherTransaction
-from broker_nb.testing.looking import Looking
-from broker_nb.testing.publishing import Publishing
-from broker_nb.testing.settling import Messages
-from broker_nb.testing.states import Ends, MessageStates, RecordStates
-from broker_nb.testing.tails import Tails
+from broker_nb.testing.suites import suites
 
 pytestmark = pytest.mark.xdist_group("conformance-inmem")
 
@@ -55,8 +48,8 @@ class InmemHarness(Harness):
         self.profile = {"hosts": [f"conformance-{uuid.uuid4().hex}"]}
         self.broker = InmemBroker.get(self.profile["hosts"][0])
 
-    def make_topic(self, name: str, partitions: int, *, compacted: bool = False, **wishes: Any) -> None:
-        self.broker.create_topic(name, partitions, **wishes)
+    def make_topic(self, partitions: int, *, compacted: bool = False, **wishes: Any) -> str:
+        return self.broker.create_topic(f"topic-{uuid.uuid4().hex}", partitions, **wishes).name
 
     def snapshot(self) -> object:
         with self.broker.lock:
@@ -95,31 +88,4 @@ def harness() -> InmemHarness:
     return InmemHarness()
 
 
-class TestMessages(Messages, on=InmemHarness): ...
-
-
-class TestRecords(Records, on=InmemHarness): ...
-
-
-class TestPublishing(Publishing, on=InmemHarness): ...
-
-
-class TestTails(Tails, on=InmemHarness): ...
-
-
-class TestLooking(Looking, on=InmemHarness): ...
-
-
-class TestContract(Contract, on=InmemHarness): ...
-
-
-class TestEnds(Ends, on=InmemHarness): ...
-
-
-class TestMessageStates(MessageStates, on=InmemHarness): ...
-
-
-class TestRecordStates(RecordStates, on=InmemHarness): ...
-
-
-class TestIdle(Idle, on=InmemHarness): ...
+globals().update(suites(InmemHarness))

@@ -132,9 +132,7 @@ class Bench:
 
     async def topic(self, partitions: int = 1, **wishes: Any) -> str:
         """A new topic, made out of band."""
-        name = self.name("topic")
-        await asyncio.to_thread(self.harness.make_topic, name, partitions, **wishes)
-        return name
+        return await asyncio.to_thread(self.harness.make_topic, partitions, **wishes)
 
     async def connect(self) -> Client:
         """One more connection, watched as the first."""

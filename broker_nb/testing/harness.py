@@ -1,14 +1,13 @@
 """What a backend supplies to be tested, and how its capabilities choose the cases.
 
-A backend's own test file is a subclass of `Harness`, a fixture that makes one, and the suites' names:
+A backend's own test file is a subclass of `Harness`, a fixture that makes one, and the suites:
 
     class MyHarness(Harness): ...
 
     @pytest.fixture(scope="module")
     def harness(my_server_url): return MyHarness(my_server_url)
 
-    class TestRecords(Records, on=MyHarness): ...
-    class TestTails(Tails, on=MyHarness): ...
+    globals().update(suites(MyHarness))  # or one by one: class TestTails(Tails, on=MyHarness): ...
 
 with `pytest_plugins = ["broker_nb.testing.plugin"]` in its conftest. A case that a backend cannot pass is not collected; it is reported
 as `never` or `notyet` with the reason from `Capabilities`, and a missing reason is a failure.
@@ -73,8 +72,8 @@ class Harness:
         """A new connection by the driver under test."""
         return await Client.open(self.scheme, self.profile)
 
-    def make_topic(self, name: str, partitions: int, **wishes: Any) -> None:
-        """Make a topic on the server.
+    def make_topic(self, partitions: int, **wishes: Any) -> str:
+        """Make a new topic on the server, ready to use; its name.
 
         Wishes: `ordered` (per key, also for family MESSAGE), `ack_deadline` (seconds), `dead_letter` (name of a topic),
         `max_message_bytes`, `compacted` (may be given to `compact`).
