@@ -24,7 +24,6 @@ from broker_nb.backends.kafka.codec import KafkaCodec
 from broker_nb.errors import BrokerError, ErrorKind
 
 _CLOSE_S = 1.9
-_COMMIT_S = 10.0
 _COMMIT_S = 5.0
 _REST_S = 1.0  # how often an idle member polls: also how long a rebalance of the group may wait for us
 _ASK_S = 5.0
@@ -208,16 +207,7 @@ class KafkaSource:
     # -------------------------------------------------------------- committing
     async def commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
         self._check_open()
-        storing = asyncio.ensure_future(self._lane.run(self._commit, positions))
-        # Without a coordinator the client waits for the length of a session, 45 s.
-        await asyncio.wait({storing}, timeout=_COMMIT_S)
-        if storing.done():
-            return storing.result()
-        storing.add_done_callback(_log_late)
-        text = f"{self._topic}/{self._group}: no answer to the commit within {_COMMIT_S:g} s; commit again to know"
-        return dict.fromkeys(
-            positions, Outcome(Settled.RETRY, self._host.error(ErrorKind.TIMEOUT, self._group, text, retryable=True))
-        )
+        return await self._lane.run(self._commit, positions)
 
     def _commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
         """On the lane, where partitions come and go: the broker would take a commit for a partition that is no longer ours.
