@@ -24,7 +24,7 @@ class Bed:
         self.servers = url.removeprefix("kafka://")
         self.common = {"bootstrap.servers": self.servers, "allow.auto.create.topics": False, "log_level": 0}
         self.admin = AdminClient(self.common)
-        self.producer = Producer(self.common | {"linger.ms": 0})
+        self.producer = Producer(self.common | {"linger.ms": 0, "enable.idempotence": True})  # else a retried row comes late
 
     def topic(self, partitions=1, **config):
         name = f"t-{uuid.uuid4().hex[:12]}"
