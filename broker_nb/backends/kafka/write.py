@@ -39,14 +39,12 @@ class _Sending:
         self.topic, self.rows, self._host = topic, rows, host
         self.results: list[SendResult | None] = [None] * len(rows)
         self.again: list[int] = []  # taken back from the client's queue, not sent
-        self.under_way = 0
         self.failed = False  # in this round
         self.broken: set[bytes] = set()  # keys with a row that is not stored
         self.halt: BrokerError | None = None  # why nothing more is tried
 
     def report(self, i: int, error: KafkaError | None, message: Message) -> None:
         """The client's delivery report for row i."""
-        self.under_way -= 1
         if error is None:
             partition, offset = message.partition(), message.offset()
             if offset is not None and partition is not None and offset >= 0:
@@ -130,7 +128,7 @@ class Writer:
         while rest:
             sending.failed, sending.again = False, []
             unsent = self._produce(producer, sending, rest)
-            while sending.under_way:
+            while len(producer):  # messages without their report; of this call, as they follow one another
                 producer.poll(0.1)
                 if sending.failed or self._closed:
                     producer.purge(in_queue=True, in_flight=self._closed, blocking=False)
@@ -141,35 +139,31 @@ class Writer:
             self._settings.health.on_answer()
 
     def _produce(self, producer: Producer, sending: _Sending, todo: Sequence[int]) -> Sequence[int]:
-        """Hand rows to the client until one fails; what was not handed over."""
-        topic, rows, produce = sending.topic, sending.rows, producer.produce
+        """Hand rows to the client until a delivery report, which only `poll` brings, tells of a failure; what was not handed over."""
+        topic, rows, produce, report = sending.topic, sending.rows, producer.produce, sending.report
         for n, i in enumerate(todo):
-            if n % _SERVE == 0:
-                producer.poll(0)
-            if self._must_stop(sending):
+            if n % _SERVE == 0 and self._must_stop(producer, sending, 0):
                 return todo[n:]
             data, key, attributes, partition, time_ns, _, _ = rows[i]
             headers: list[tuple[str, str | bytes | None]] | None = [(a[0], a[1]) for a in attributes] if attributes else None
             stamp = 0 if time_ns is None else time_ns // 1_000_000
-            told = partial(sending.report, i)
             while True:
                 try:
-                    produce(topic, data, key, partition, on_delivery=told, timestamp=stamp, headers=headers)
-                    sending.under_way += 1
+                    produce(topic, data, key, partition, partial(report, i), None, stamp, headers)
                     break
                 except BufferError:  # the client's queue is full
-                    if not sending.under_way:
+                    if not len(producer):
                         sending.fail(i, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE, "larger than the client's queue"))
                         return todo[n + 1 :]
-                    producer.poll(0.05)
-                    if self._must_stop(sending):
+                    if self._must_stop(producer, sending, 0.05):
                         return todo[n:]
                 except KafkaException as error:
                     sending.fail(i, error.args[0])
                     return todo[n + 1 :]
         return []
 
-    def _must_stop(self, sending: _Sending) -> bool:
+    def _must_stop(self, producer: Producer, sending: _Sending, wait: float) -> bool:
+        producer.poll(wait)
         return sending.failed or self._closed
 
     async def close(self) -> None:
