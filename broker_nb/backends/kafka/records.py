@@ -124,10 +124,13 @@ class KafkaSource:
             return
         self._consumer.pause(self._consumer.assignment())
         self._resting = True
-        self._take(fetch(self._consumer, 1, 0, 0))
+        self._take(1, 0, 0)
 
-    def _take(self, fetched: list[Message]) -> None:
-        rows, events = split(fetched)
+    def _take(self, max_rows: int, max_bytes: int, wait: float) -> None:
+        before = frozenset(self._assigned)
+        rows, events = split(fetch(self._consumer, max_rows, max_bytes, wait))
+        if not before <= self._assigned:  # taken away between two rows
+            rows = [m for m in rows if m.partition() in self._assigned]
         self._rows += rows
         for event in events:
             error = event.error()
@@ -172,7 +175,7 @@ class KafkaSource:
         if self._resting:
             self._consumer.resume(self._consumer.assignment())
             self._resting = False
-        self._take(fetch(self._consumer, max_rows, max_bytes, wait))
+        self._take(max_rows, max_bytes, wait)
 
     async def seek(self, positions: Mapping[int, Position]) -> None:
         self._check_open()
@@ -201,7 +204,7 @@ class KafkaSource:
                     raise failure(self._host, f"{self._topic}[{partition}]", error) from error
                 late[partition] = position
         if late:
-            self._take(fetch(self._consumer, 1, 0, 0.1))
+            self._take(1, 0, 0.1)
         return late
 
     # -------------------------------------------------------------- committing
@@ -226,7 +229,7 @@ class KafkaSource:
             return outcomes | dict.fromkeys(offsets, self._outcome(error.args[0]))
         end = time.monotonic() + _COMMIT_S
         while key not in self._answers and time.monotonic() < end and not self.closed:
-            self._take(fetch(self._consumer, 1, 0, 0.05))  # hands over the answer; a row that comes is kept
+            self._take(1, 0, 0.05)  # hands over the answer; a row that comes is kept
         answer = self._answers.get(key, dict.fromkeys(offsets, KafkaError(KafkaError._TIMED_OUT, "no answer to the commit")))
         return outcomes | {p: Outcome(Settled.CONFIRMED) if e is None else self._outcome(e) for p, e in answer.items()}
 
