@@ -28,8 +28,9 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-# The idle badge is not enough: a cell that is run before the session is connected is dropped without an error.
-READY = """async () => {
+# The idle badge is not enough: a cell that is run before the session is connected is dropped without an error. And what is awaited
+# may belong to a widget that is being replaced, and never come: so each look ends by itself, and looks again.
+READY = """() => Promise.race([new Promise(done => setTimeout(() => done(false), 2000)), (async () => {
   const app = window.jupyterapp; if (!app) return false;
   await app.restored;
   const panel = app.shell.currentWidget, session = panel?.sessionContext; if (!session) return false;
@@ -37,12 +38,12 @@ READY = """async () => {
   const kernel = session.session?.kernel; if (!kernel) return false;
   await kernel.info;
   return kernel.connectionStatus === 'connected' && kernel.status === 'idle';
-}"""
-RUN = """async i => {
+})()])"""
+RUN = """i => Promise.race([new Promise(done => setTimeout(() => done(false), 120000)), (async () => {
   const app = window.jupyterapp, notebook = app.shell.currentWidget.content;
   notebook.activeCellIndex = i;
   return await app.commands.execute('notebook:run-cell');
-}"""
+})()])"""
 
 
 class Lab:
@@ -56,7 +57,7 @@ class Lab:
 
     def open(self, name: str) -> int:
         """Open a notebook and wait for its kernel; how many cells it has."""
-        self.page.goto(f"{self._base}/lab/tree/{name}?token={self._token}")
+        self.page.goto(f"{self._base}/lab/tree/{name}?reset&token={self._token}")  # a workspace of its own
         end = time.monotonic() + 60
         while True:
             try:
