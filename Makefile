@@ -32,5 +32,5 @@ $(READY): pyproject.toml
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then exec $$python -m venv .venv; fi; \
 	done; echo 'no Python 3.11 or newer: install one, or name it with make PYTHON=/path/to/python3' >&2; exit 1
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[kafka,lab,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[kafka,nats,lab,test]'
 	@touch $@
