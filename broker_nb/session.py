@@ -277,6 +277,16 @@ class Session:
         """
         return await self._settle("nack", frame, all, delay=parse_duration(delay), final=final)
 
+    async def reject(self, frame: Any = None, *, reason: str = "", all: bool = False) -> Settled:  # noqa: A002 - the grammar's word
+        """Settle rows as unusable. Effect on the broker: they do not come again; where it has dead letters, they go there.
+
+        Parameters
+        ----------
+        reason
+            Why, for whoever finds them; kept where the broker has a place for it.
+        """
+        return await self._settle("reject", frame, all, reason=reason)
+
     async def release(self, frame: Any = None, *, final: bool = False) -> Settled:
         """Give rows back unchanged; everything held when no frame is named. On a log: read them again.
 
@@ -284,7 +294,9 @@ class Session:
         """
         return await self._settle("release", frame, frame is None, final=final)
 
-    async def _settle(self, verb: str, frame: Any, everything: bool, *, delay: float = 0.0, final: bool = False) -> Settled:
+    async def _settle(
+        self, verb: str, frame: Any, everything: bool, *, delay: float = 0.0, reason: str = "", final: bool = False
+    ) -> Settled:
         if (frame is None) is not everything:
             text = f"{verb}: name a frame with a lease column, or say all=True for everything you hold (not both)"
             raise BrokerError(ErrorKind.INVALID, verb, text)
@@ -292,10 +304,12 @@ class Session:
             named = settling.everything(self._holders, logs=verb == "release")
         else:
             named = settling.named_leases(verb, frame, self._holders)
-        if verb != "ack" and not final:
+        if verb in ("nack", "release") and not final:
             settling.guard_last_delivery(verb, named)
         targets = named.by_subscription()
-        parts = await asyncio.gather(*(settling.settle(verb, s, rows, delay, whole=named.whole) for _, s, rows in targets))
+        parts = await asyncio.gather(
+            *(settling.settle(verb, s, rows, delay=delay, reason=reason, whole=named.whole) for _, s, rows in targets)
+        )
         result = settling.settled(verb, named, [(h, p) for (h, _, _), p in zip(targets, parts, strict=True)], delay)
         self.said.append(repr(result))
         return result

@@ -137,18 +137,23 @@ def guard_last_delivery(verb: str, named: Named) -> None:
             raise BrokerError(ErrorKind.CONFLICT, subscription.name, text)
 
 
-async def settle(verb: str, subscription: Subscription, serials: Sequence[int], delay: float, *, whole: bool) -> list[Settling]:
+async def settle(
+    verb: str, subscription: Subscription, serials: Sequence[int], *, delay: float, reason: str, whole: bool
+) -> list[Settling]:
     """Settle on one subscription. A log has one such verb: releasing everything, which reads it again."""
     if isinstance(subscription, MessageSubscription):
-        return await subscription.settle(serials, verb, delay=delay)
+        return await subscription.settle(serials, verb, delay=delay, reason=reason)
     if verb == "release" and whole:
         await subscription.rewind()
         return [Settling(serial, "settled") for serial in serials]
-    hint = "release() without a frame reads everything uncommitted again" if verb == "release" else "conn.commit(frame)"
+    hints = {
+        "release": "release() without a frame reads everything uncommitted again",
+        "reject": "conn.publish(frame, to=...) puts the rows aside, then conn.commit(frame)",
+    }
     raise BrokerError(
         ErrorKind.UNSUPPORTED,
         subscription.name,
-        f"{verb} {subscription.name}: this is a log: commit works per partition, up to a position; {hint}",
+        f"{verb} {subscription.name}: this is a log: commit works per partition, up to a position; {hints.get(verb, 'conn.commit(frame)')}",
     )
 
 
@@ -169,6 +174,10 @@ def _settled_line(verb: str, named: Named, results: Sequence[Settling], delay: f
     names = ", ".join(sub.name for _, sub, _ in named.by_subscription()) or "nothing held"
     done, already, lost = states["settled"], states["already"], [s for s in results if s.state == "lost"]
     counts = [f"{done:,} {_DONE[verb]}"] if verb != "nack" else [f"{done:,} back" + (f" in {delay:g} s" if delay else " now")]
+    if verb == "reject" and done:
+        buried = {sub.facts.dead_letter for _, sub, _ in named.by_subscription()}
+        to = ", ".join(sorted(each.name for each in buried if each is not None))
+        counts[0] += f" to {to}" if to else " (no dead letters are kept here: they do not come again)"
     if already:
         first = next(s for s in results if s.state == "already")
         counts.append(f"{already:,} already settled ({first.text})")

@@ -262,7 +262,7 @@ def test_duplicates_collapse_and_are_told(conn, broker, said):
     assert "7 rows name 3 leases" in said[-1]
 
 
-@pytest.mark.parametrize("verb", ["ack", "nack", "release", "commit"])
+@pytest.mark.parametrize("verb", ["ack", "nack", "reject", "release", "commit"])
 def test_frames_without_their_lease_are_refused_and_nothing_is_settled(conn, broker, verb):
     orders(broker, 3)
     held = conn.consume("orders", "s", n=3)
@@ -289,6 +289,32 @@ def test_an_expired_lease_is_lost_by_name_and_the_new_delivery_is_untouched(conn
     assert result.frame.outcome.tolist() == ["lost"]
     assert held.lease[0] in said[-1]
     assert conn.ack(again).frame.outcome.tolist() == ["acked"]
+
+
+def test_a_rejected_row_goes_to_the_dead_letters_with_the_reason(conn, broker, said):
+    broker.create_topic("orders.dlq")
+    orders(broker, 4, max_deliveries=1, dead_letter="orders.dlq")
+    held = conn.consume("orders", "s", n=4)
+    result = conn.reject(held[:3], reason="total < 0 ❌")  # meant, so that the last delivery does not ask again
+    assert result.ok
+    assert result.frame.outcome.tolist() == ["rejected"] * 3
+    assert said[-1] == "reject orders/s | 3 rejected to orders.dlq | 1 still held (%broker held)"
+    dead = conn.sample("orders.dlq", "+10", attributes=["error.message"])
+    assert dead["attr_error_message"].tolist() == ["total < 0 ❌"] * 3
+    assert dead.data.tolist() == held.data[:3].tolist()
+    assert conn.reject(held).frame.outcome.tolist() == ["already"] * 3 + ["rejected"]
+    conn.reject(all=True)
+    assert said[-1] == "reject nothing held | 0 rejected"
+
+
+def test_where_there_are_no_dead_letters_a_rejected_row_stays_held(conn, broker, said):
+    orders(broker, 2)
+    result = conn.reject(conn.consume("orders", "s", n=2), reason="unreadable")
+    assert not result.ok
+    assert result.frame.outcome.tolist() == ["refused"] * 2
+    assert "orders has no dead-letter topic to reject to; release the row, or ack it" in said[-1]
+    assert "0 rejected, 2 refused by the broker" in said[-1]
+    assert asyncio.run(conn.aio.release()).ok
 
 
 def test_settling_needs_a_frame_or_all(conn, broker):
@@ -344,6 +370,10 @@ def test_a_log_is_committed_by_prefix_and_refuses_acks(conn, broker, said):
     read = conn.consume("orders", "billing", n=6)
     with refused("this is a log: commit works per partition, up to a position"):
         conn.ack(read)
+    with refused(
+        "reject orders/billing: this is a log: commit works per partition, up to a position; conn.publish(frame, to=...)"
+    ):
+        conn.reject(read)
     result = conn.commit(read[read.value_ok])
     assert result.frame.committed.tolist() == [2]
     assert "orders[0]: committed to 2; 3 not in the selection, 2 after it wait" in said[-1]

@@ -39,6 +39,8 @@ class Verbs:
 
     def nack(self, frame: Any = None, *, delay: Duration = 0, all: bool = False) -> None: ...  # noqa: A002 (as above)
 
+    def reject(self, frame: Any = None, *, reason: str = "", all: bool = False) -> None: ...  # noqa: A002 (as above)
+
     def commit(self, frame: Any) -> None: ...
 
     def publish(self, frame: Any, to: str, *, body: str = "data", dry_run: bool = False) -> None: ...
@@ -88,6 +90,9 @@ def read(line: str, body: str | None = None) -> Call:
         ("ack held.query('a > 1 and b in (1, 2)')", "conn.ack(held.query('a > 1 and b in (1, 2)'))"),
         ("nack bad --delay 30s", 'conn.nack(bad, delay="30s")'),
         ("nack bad --delay 1.5", "conn.nack(bad, delay=1.5)"),
+        ("reject bad --reason 42", 'conn.reject(bad, reason="42")'),
+        ("reject bad --reason 'it is where it was'", 'conn.reject(bad, reason="it is where it was")'),
+        ("reject --all --reason {{why}}", "conn.reject(all=True, reason=why)"),
         ("publish df --to orders --dry-run", 'conn.publish(df, to="orders", dry_run=True)'),
         ("publish df orders", 'conn.publish(df, "orders")'),
         (

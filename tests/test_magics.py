@@ -108,6 +108,13 @@ def test_the_transcript(demo: Shell) -> None:
     assert set(demo["left"]["lease"]) == set(demo["bad"]["lease"])
     assert "back in 30 s" in demo.run("%broker nack bad --delay 30s")
     assert "already settled" in demo.run("%broker ack bad")
+    assert "already settled" in demo.run("%broker reject bad --reason late")
+    demo.run("more = %broker consume orders debug --n 5")
+    assert "3 rejected to orders.dlq" in demo.run("%broker reject more[:3] --reason 'no such customer'")
+    demo.run("left = list(more['lease'][3:])")
+    assert "2 rejected to orders.dlq" in demo.run("%broker reject more --reason 'no such customer' where lease in {{left}}")
+    demo.run("dead = %broker sample orders.dlq -5 --attributes error.message")
+    assert set(demo["dead"]["attr_error_message"]) == {"no such customer"}
     assert "DRY RUN" in demo.run("%broker publish bad --to orders --body value --dry-run")
 
 
@@ -169,6 +176,9 @@ def test_the_cell_body_is_the_message(demo: Shell, body: str) -> None:
         ("ack held where value_status =", "where value_status ="),
         ("ack", "`%broker ack --all` acks everything you hold; or name a frame"),
         ("nack held --delay soon", "soon"),
+        ("reject", "`%broker reject --all` rejects everything you hold; or name a frame"),
+        ("reject held --reason", "--reason needs a value"),
+        ("reject held --delay 5s", "no option --delay"),
         ("sample ordrs", "ordrs"),
         ("sample orders @nonsense..", "nonsense"),
         ("sample orders --decode xml", "xml"),
@@ -280,7 +290,7 @@ def test_read_only_is_said_and_kept(shell: Shell) -> None:
 
 # ------------------------------------------------------------------ python, help, signatures
 def test_python_lines_run_nothing_and_are_python(shell: Shell) -> None:
-    for line in ("connect demo", "topics", "sample orders", "consume orders x", "held", "nack h", "release"):
+    for line in ("connect demo", "topics", "sample orders", "consume orders x", "held", "nack h", "reject h", "release"):
         ast.parse(shell.run(f"%broker {line} --python"))
     for line in (
         "ack h where a = 1",
@@ -312,7 +322,7 @@ def test_the_python_line_works(demo: Shell, line: str, result: str) -> None:
 
 
 def test_options_are_the_parameters(shell: Shell) -> None:
-    for verb in ("topics", "sample", "consume", "held", "ack", "nack", "release", "commit", "publish"):
+    for verb in ("topics", "sample", "consume", "held", "ack", "nack", "reject", "release", "commit", "publish"):
         parameters = set(inspect.signature(getattr(broker_nb.Connection, verb)).parameters) - {"self"}
         assert set(options(shell.magics.verbs[verb])) == parameters
         shown = shell.run(f"%broker help {verb}")

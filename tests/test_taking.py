@@ -46,6 +46,7 @@ class Fake:
     gate: asyncio.Event | None = None
     outcomes: list = field(default_factory=list)
     settled: list = field(default_factory=list)
+    reasons: list = field(default_factory=list)
     extended: list = field(default_factory=list)
     committed: list = field(default_factory=list)
     sought: list = field(default_factory=list)
@@ -66,6 +67,7 @@ class Fake:
 
     async def settle(self, items):
         self.settled.append([(i.verdict, i.delay) for i in items])
+        self.reasons += [i.reason for i in items]
         await asyncio.sleep(0.001)
         answer = self.outcomes.pop(0) if self.outcomes else Settled.CONFIRMED
         if isinstance(answer, BrokerError):
@@ -304,6 +306,35 @@ def test_a_settlement_that_could_not_be_attempted_is_refused_row_by_row_and_the_
         (result,) = await sub.settle([1], "ack")
         assert (result.state, result.error) == ("refused", denied)
         assert sub.held_count == 1
+
+    run(go())
+
+
+def test_a_rejection_carries_its_reason_to_the_broker():
+    async def go():
+        source = Fake(rows=[b"1"])
+        sub = queue(source)
+        await sub.take(1, timeout=1)
+        assert (await sub.settle([1], "reject", reason="unreadable"))[0].state == "settled"
+        assert source.settled == [[(Verdict.REJECT, 0.0)]]
+        assert source.reasons == ["unreadable"]
+
+    run(go())
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"), [({"word": "reject"}, "nack it, or ack it"), ({"word": "nack", "delay": 3.0}, "leave delay out")]
+)
+def test_what_a_broker_cannot_is_refused_with_a_way_out_and_the_row_is_still_held(asked, says):
+    async def go():
+        source = Fake(rows=[b"1"])
+        sub = queue(source, capabilities=replace(CAPABILITIES, reject=False, release_delay=False))
+        await sub.take(1, timeout=1)
+        with pytest.raises(BrokerError, match=says) as caught:
+            await sub.settle([1], **asked)
+        assert caught.value.kind is ErrorKind.UNSUPPORTED
+        assert source.settled == []
+        assert (await sub.settle([1], "ack"))[0].state == "settled"
 
     run(go())
 
