@@ -7,7 +7,7 @@ demo: $(READY) # the quickstart, run without a browser
 	$(BIN)/python tools/demo.py
 
 test: $(READY) # everything, on the real servers
-	-@$(BIN)/python -m broker_nb fetch kafka
+	-@$(BIN)/python -m broker_nb fetch kafka nats nats@2.9
 	@mkdir -p build
 	BROKER_NB_CONFORMANCE=build/conformance.json $(BIN)/pytest -n 2 --dist loadgroup
 

@@ -85,3 +85,9 @@ def server_url(config: pytest.Config, name: str) -> str:
 def kafka_url(pytestconfig: pytest.Config) -> str:
     """An Apache Kafka of this run, shared by its tests: use topics and groups of your own."""
     return server_url(pytestconfig, "kafka")
+
+
+@pytest.fixture(scope="session")
+def nats_url(pytestconfig: pytest.Config) -> str:
+    """A NATS server with JetStream of this run, shared by its tests: use streams and subjects of your own."""
+    return server_url(pytestconfig, "nats")

