@@ -183,9 +183,20 @@ class Client:
                 if isinstance(known, MessageSubscription):
                     known.hold = hold
                 return known
-            entity = Entity(Kind.SUBSCRIPTION, subscription, topic)
-            facts = await self.facts(entity, fresh=True)
-            name = f"{topic}/{subscription}"
+            entity, name = Entity(Kind.SUBSCRIPTION, subscription, topic), f"{topic}/{subscription}"
+
+            def options(facts: Facts) -> TakeOptions:
+                chosen = _family(name, facts, family)
+                return TakeOptions(family=chosen, start=start, max_held=max_held, create=create, native=native or {})
+
+            try:
+                facts = await self.facts(entity, fresh=True)
+            except BrokerError as error:
+                if error.kind is not ErrorKind.NOT_FOUND or not create:
+                    raise
+                facts = await self.facts(Entity(Kind.TOPIC, topic), fresh=True)
+                await (await self.driver.subscribe(entity, options(facts))).close()
+                facts = await self.facts(entity, fresh=True)  # its own terms
             leaving = time.monotonic() + LEAVE_S  # a member that has just left may still be listed
             while facts.members and not join and time.monotonic() < leaving:
                 await asyncio.sleep(0.1)
@@ -197,17 +208,13 @@ class Client:
                     f"{name} has {facts.members} live member(s), from which this would take messages; "
                     "take part with join=True, or name another subscription",
                 )
-            chosen = family or (Family.MESSAGE if Family.MESSAGE in facts.families else Family.RECORD)
-            if chosen not in facts.families:
-                able = ", ".join(sorted(f.value for f in facts.families)) or "none"
-                raise BrokerError(ErrorKind.UNSUPPORTED, name, f"{name} cannot be taken from as {chosen.value}s, only: {able}")
-            options = TakeOptions(family=chosen, start=start, max_held=max_held, create=create, native=native or {})
+            taking = options(facts)
 
             def source() -> Any:
-                return self.driver.subscribe(entity, options)
+                return self.driver.subscribe(entity, taking)
 
             made: MessageSubscription | RecordSubscription
-            if chosen is Family.MESSAGE:
+            if taking.family is Family.MESSAGE:
                 made = MessageSubscription(name, self.driver.capabilities, facts, source, hold)
             else:
                 made = RecordSubscription(name, self.driver.capabilities, facts, source)
@@ -292,3 +299,12 @@ class Client:
                 await close()
         except (TimeoutError, BrokerError) as error:
             log.warning("%s: while closing: %s", self.host.name, str(error) or f"no answer within {CLOSE_S:g} s")
+
+
+def _family(name: str, facts: Facts, asked: Family | None) -> Family:
+    """How a subscription is settled: as asked, else one by one where that is possible."""
+    chosen = asked or (Family.MESSAGE if Family.MESSAGE in facts.families else Family.RECORD)
+    if chosen not in facts.families:
+        able = ", ".join(sorted(f"{f.value}s" for f in facts.families)) or "not at all"
+        raise BrokerError(ErrorKind.UNSUPPORTED, name, f"{name} cannot be taken from as {chosen.value}s; it can be as: {able}")
+    return chosen

@@ -64,6 +64,11 @@ class Harness:
     """What there is none of: a hook, a wish of `make_topic`, a state ("Stop.UNPROVEN", "message.SENT"). Capabilities tell about themselves."""
 
     @classmethod
+    def backend(cls) -> str:
+        """What the report calls it."""
+        return cls.scheme
+
+    @classmethod
     def capabilities(cls) -> Capabilities:
         """What the driver claims."""
         return load(cls.scheme).capabilities
@@ -75,8 +80,9 @@ class Harness:
     def make_topic(self, partitions: int, **wishes: Any) -> str:
         """Make a new topic on the server, ready to use; its name.
 
-        Wishes: `ordered` (per key, also for family MESSAGE), `ack_deadline` (seconds), `dead_letter` (name of a topic),
-        `max_message_bytes`, `compacted` (may be given to `compact`).
+        A broker without partitions makes one, and says so in `never` under "partitions". Wishes: `ordered` (per key, also for family
+        MESSAGE), `ack_deadline` (seconds), `dead_letter` (name of a topic), `max_message_bytes`, `compacted` (may be given to
+        `compact`).
         """
         raise NotImplementedError
 
@@ -174,7 +180,7 @@ class Suite:
     def test_what_does_not_apply(self, record_property: Callable[[str, object], None]) -> None:
         """Every case that is left out has its reason."""
         for name, (state, reason) in self.missing.items():
-            record_property("conformance", [self.on.scheme, title(type(self)), name, state, reason])
+            record_property("conformance", [self.on.backend(), title(type(self)), name, state, reason])
         assert not [name for name, (_, reason) in self.missing.items() if not reason], "say why in Capabilities or in the harness"
 
 

@@ -122,7 +122,7 @@ async def every_look(bench: Bench, client: Client, topic: str, subscriptions: li
     (summary,) = await client.summaries([entity])
     assert summary.messages in (None, 100)
     facts = await client.facts(entity, fresh=True)
-    assert len(facts.partitions) == 3
+    assert len(facts.partitions) == (1 if bench.harness.missing("partitions") else 3)
     for name in subscriptions:
         await client.facts(Entity(Kind.SUBSCRIPTION, name, topic))
         await client.backlog(topic, name)

@@ -72,7 +72,7 @@ def bench(
 ) -> Bench:
     """What a case works with."""
     says = (request.function.__doc__ or "").strip().partition("\n")[0]
-    record_property("conformance", [harness.scheme, title(request.cls), request.node.originalname, "pass", says])
+    record_property("conformance", [harness.backend(), title(request.cls), request.node.originalname, "pass", says])
     made = Bench(harness, *connection, request.cls.family)
     made.silent = silent.get(request.cls)
     return made
