@@ -23,7 +23,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q tests/test_repo.py
+	$(BIN)/pytest -q tests/test_repo.py tests/test_docs.py
 
 docs: $(READY)
 	$(BIN)/python tools/docs.py

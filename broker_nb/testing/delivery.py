@@ -280,7 +280,10 @@ class Delivery(Suite):
 
 
 class Idle(Suite):
-    """Put it last in the module: its subscription is opened before the module's first case, and the minute runs meanwhile."""
+    """A subscription on which nothing happens for a minute.
+
+    Put it last in the module: the subscription is opened before the module's first case, and the minute runs meanwhile.
+    """
 
     @pytest.mark.slow
     @case(seconds=IDLE_S + 30)

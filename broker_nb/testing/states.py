@@ -153,7 +153,7 @@ class Settlements(Suite):
 
 
 class MessageStates(Settlements):
-    """Family MESSAGE."""
+    """What becomes of a settlement of single messages."""
 
     family = Family.MESSAGE
     needs = ("messages",)
@@ -176,7 +176,7 @@ class MessageStates(Settlements):
 
 
 class RecordStates(Settlements):
-    """Family RECORD."""
+    """What becomes of a commit to a log."""
 
     family = Family.RECORD
     needs = ("records",)
