@@ -137,7 +137,7 @@ def test_a_message_that_should_have_gone(server):
         await raw.js.publish("ttl.gone", b"", headers={"Nats-TTL": "1s"})
         until = time.monotonic() + (1.5 if old(server) else 15)
         left = 1
-        while left and time.monotonic() < until:  # noqa: ASYNC110 - the server tells nobody
+        while left and time.monotonic() < until:
             await asyncio.sleep(0.05)
             left = (await raw.ask("STREAM.INFO.ttl"))["state"]["messages"]
         return left
