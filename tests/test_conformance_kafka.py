@@ -1,5 +1,6 @@
 """The conformance suites on an Apache Kafka of their own, which may be stopped for a moment."""
 
+import contextlib
 import os
 import signal
 import time
@@ -54,9 +55,11 @@ class KafkaHarness(Harness):
             except (KafkaException, TimeoutError):
                 if time.monotonic() > deadline:
                     raise
-            found = self.bed.admin.list_topics(timeout=10).topics.get(name)
-            if found and found.error is None and all(p.leader >= 0 for p in found.partitions.values()):
-                return name
+            with contextlib.suppress(KafkaException):  # as above
+                found = self.bed.admin.list_topics(timeout=10).topics.get(name)
+                if found and found.error is None and all(p.leader >= 0 for p in found.partitions.values()):
+                    return name
+            assert time.monotonic() < deadline, f"{name} is not there"
             time.sleep(0.02)
 
     def begin(self):

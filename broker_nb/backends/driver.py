@@ -211,7 +211,7 @@ class Envelope(NamedTuple):
 
 
 Column: TypeAlias = Sequence[Any] | Any
-"""One value per row, or a scalar that holds for every row, or an object with `__arrow_c_array__`."""
+"""One value per row (a list, a numpy array), or a scalar that holds for every row, or an object with `__arrow_c_array__`."""
 
 COLUMNS = frozenset({"topic", "partition", "offset", "id", "key", "data", "attributes", "publish_time_ns", "delivery_count"})
 
@@ -248,6 +248,11 @@ class Batch:
     rows: Sequence[Any]
     tokens: Sequence[Token] | None = None
     leased_until: float | None = None  # time.monotonic(), the earliest of the batch; None = not timed
+    digests: Sequence[Any] = ()  # what a look's `digest` made of its rows, piece by piece; `rows` is then empty
+
+
+Digest: TypeAlias = Callable[[Batch], Any]
+"""What a reader makes of rows that it does not need afterwards."""
 
 
 # ------------------------------------------------------------------ services from the portable layer
@@ -553,8 +558,13 @@ class Driver(Protocol):
         want: frozenset[str],
         committed_only: bool,
         allow: frozenset[Effect],
+        digest: Digest | None = None,
     ) -> Browser:
-        """UNSUPPORTED when Facts.look.effects is not covered by `allow`. `want` names the columns that will be asked for."""
+        """UNSUPPORTED when Facts.look.effects is not covered by `allow`. `want` names the columns that will be asked for.
+
+        A driver with a lane calls `digest` on it with each client fetch, while the rows are warm in the processor's cache and nobody
+        else wants the interpreter, and hands over the results as `Batch.digests`. One on the loop ignores it.
+        """
         ...
 
     # take and write

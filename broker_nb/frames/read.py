@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import time
 from collections import deque
@@ -81,14 +80,15 @@ async def _convert(look: Look, builder: FrameBuilder, limit: int, max_bytes: int
     trimming = _trims(look)
     read_rows = READ_ROWS if trimming or builder.filtering else min(READ_ROWS, limit)
     under_way = deque[asyncio.Future[int]]()
-    # Threads of their own with a batch in hand go on by themselves; they would wait for the loop, and it for the interpreter.
-    converter, keeper = (ThreadPoolExecutor(1, f"broker-nb-{name}") for name in ("convert", "keep"))
+    # A thread of its own with a batch in hand goes on by itself; it would wait for the loop, and the loop for the interpreter.
+    worker = ThreadPoolExecutor(1, "broker-nb-convert")
+    digest = None if trimming else builder.convert
 
-    def keep(converted: concurrent.futures.Future[tuple[dict[str, Any], int]]) -> int:
-        return builder.keep(*converted.result())
+    def keep(batch: Batch) -> int:
+        return sum(builder.keep(*digested) for digested in batch.digests or (builder.convert(batch),))
 
     try:
-        async with contextlib.aclosing(look.batches(timeout, read_rows)) as batches:
+        async with contextlib.aclosing(look.batches(timeout, read_rows, digest)) as batches:
             async for batch in batches:
                 while len(under_way) >= AHEAD:
                     await under_way.popleft()
@@ -98,14 +98,12 @@ async def _convert(look: Look, builder: FrameBuilder, limit: int, max_bytes: int
                 if builder.bytes >= max_bytes:
                     look.stop(f"limit of {max_bytes:,} bytes")
                     break
-                converted = converter.submit(builder.convert, batch)
-                under_way.append(asyncio.wrap_future(keeper.submit(keep, converted)))
+                under_way.append(asyncio.wrap_future(worker.submit(keep, batch)))
                 under_way[-1].add_done_callback(_seen)
         for kept in under_way:
             await kept
     finally:
-        converter.shutdown(wait=False, cancel_futures=True)
-        keeper.shutdown(wait=False, cancel_futures=True)
+        worker.shutdown(wait=False, cancel_futures=True)
 
 
 def _seen(kept: asyncio.Future[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,9 @@ def frame_schema(attributes: Iterable[str] = (), values: Mapping[str, Any] | Non
 def to_pandas(columns: dict[str, Any]) -> pd.DataFrame:
     """Columns (Arrow, all of one length) as a frame with the documented dtypes. Empties `columns`, so that memory is let go."""
     names = list(columns)
-    made = {i: _series(columns.pop(name)) for i, name in enumerate(names)}
-    frame = pd.DataFrame(made, copy=False)
+    with ThreadPoolExecutor(2) as pool:  # mostly copying, outside of the interpreter
+        made = list(pool.map(lambda name: _series(columns.pop(name)), names))
+    frame = pd.DataFrame(dict(enumerate(made)), copy=False)
     frame.columns = pd.Index(names, dtype=_STR)
     return frame
 

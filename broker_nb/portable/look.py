@@ -14,6 +14,7 @@ from broker_nb.backends.driver import (
     Bounds,
     Browser,
     Capabilities,
+    Digest,
     Driver,
     Effect,
     Entity,
@@ -132,18 +133,22 @@ class Look:
         """The reader leaves rows behind, in its hand or unread, whatever the broker has proved; the first reason stays."""
         self.summary.stopped = self.summary.stopped or why
 
-    async def batches(self, timeout: float | None = None, read_rows: int = READ_ROWS) -> AsyncGenerator[Batch, None]:
+    async def batches(
+        self, timeout: float | None = None, read_rows: int = READ_ROWS, digest: Digest | None = None
+    ) -> AsyncGenerator[Batch, None]:
         """Every batch of the range; close the generator to end the look early.
 
         Parameters
         ----------
         timeout
             Seconds for the whole look; what is missing then is said in the summary.
+        digest
+            What becomes of the rows, where the driver can do it while it reads (`Batch.digests`). Not in a look that counts rows.
         """
         end = None if timeout is None else time.monotonic() + timeout
         pieces = [p for p in self._pieces if p.end is None or p.start < p.end]
         while pieces:
-            async with contextlib.aclosing(self._read(pieces, end, timeout, read_rows)) as steps:
+            async with contextlib.aclosing(self._read(pieces, end, timeout, read_rows, digest)) as steps:
                 async for batch in steps:
                     yield batch
             if self.summary.stopped:
@@ -152,13 +157,13 @@ class Look:
         self._note_held_back()
 
     async def _read(
-        self, pieces: Sequence[Piece], end: float | None, timeout: float | None, read_rows: int
+        self, pieces: Sequence[Piece], end: float | None, timeout: float | None, read_rows: int, digest: Digest | None
     ) -> AsyncGenerator[Batch, None]:
         """One browser over some pieces, until each is proved or stopped."""
         open_pieces = {p.partition: p for p in pieces}
         failures, alive = 0, time.monotonic()
         turnstile = Turnstile()
-        browser = await self._browse(pieces)
+        browser = await self._browse(pieces, digest)
         try:
             while open_pieces:
                 now = time.monotonic()
@@ -181,7 +186,7 @@ class Look:
                 if step.batch is not None or step.reached or step.stopped:
                     alive = time.monotonic()
                 self._note(step, open_pieces)
-                if step.batch is not None and step.batch.rows:
+                if step.batch is not None and (step.batch.rows or step.batch.digests):
                     if self._counting:
                         self._rows.update(p for p, _ in step.batch.codec.places(step.batch.rows))
                     yield step.batch
@@ -189,8 +194,8 @@ class Look:
             await turnstile.drained(self._capabilities.slice_s + 2)
             await browser.close()
 
-    async def _browse(self, pieces: Sequence[Piece]) -> Browser:
-        return await self._driver.browse(self._topic, pieces, self._want, self._committed_only, self._allow)
+    async def _browse(self, pieces: Sequence[Piece], digest: Digest | None) -> Browser:
+        return await self._driver.browse(self._topic, pieces, self._want, self._committed_only, self._allow, digest)
 
     def _note(self, step: Step, open_pieces: dict[int, Piece]) -> None:
         self.summary.skipped += step.skipped

@@ -7,7 +7,20 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from broker_nb.backends.driver import COLUMNS, Batch, Browser, Entity, Family, Kind, Piece, Source, Step, TakeOptions
+from broker_nb.backends.driver import (
+    COLUMNS,
+    Batch,
+    Browser,
+    Digest,
+    Entity,
+    Family,
+    Kind,
+    Piece,
+    Position,
+    Source,
+    Step,
+    TakeOptions,
+)
 from broker_nb.errors import ErrorKind
 from broker_nb.messages import OutboundMessage
 from broker_nb.testing.bench import Bench, numbered, refusal
@@ -51,6 +64,24 @@ class Contract(Suite):
             assert batch.codec.columns(batch.rows, frozenset({name})).keys() <= {name}
         assert batch.codec.columns(batch.rows, frozenset()) == {}
         assert disagreements(batch.codec, []) == []
+
+    @case()
+    async def test_digests_are_of_every_row(self, bench: Bench) -> None:
+        """A look that digests its rows gives away the same ones, each once, whether or not the driver does it itself."""
+        topic = await bench.topic(partitions=2)
+        await bench.publish(topic, numbered(50))
+
+        def digest(batch: Batch) -> list[tuple[int, Position]]:
+            return list(batch.codec.places(batch.rows))
+
+        found: list[tuple[int, Position]] = []
+        for step in await steps(bench, topic, digest=digest):
+            if step.batch is not None:
+                assert not (step.batch.rows and step.batch.digests)
+                found += [place for digested in step.batch.digests or [digest(step.batch)] for place in digested]
+        whole = [place for step in await steps(bench, topic) if step.batch for place in digest(step.batch)]
+        assert sorted(found) == sorted(whole)
+        assert len(found) == 50
 
     @case()
     async def test_close_in_the_middle_of_a_slice(self, bench: Bench) -> None:
@@ -129,11 +160,18 @@ async def open_source(bench: Bench, topic: str, family: Family, name: str | None
     return await bench.client.driver.subscribe(subscription, TakeOptions(family=family, create=True, **options))
 
 
-async def steps(bench: Bench, topic: str, pieces: Sequence[Piece] | None = None, *, committed_only: bool = True) -> list[Step]:
+async def steps(
+    bench: Bench,
+    topic: str,
+    pieces: Sequence[Piece] | None = None,
+    *,
+    committed_only: bool = True,
+    digest: Digest | None = None,
+) -> list[Step]:
     """Every step of a look, until each piece was read to its end or stopped."""
     entity, driver = Entity(Kind.TOPIC, topic), bench.client.driver
     pieces = pieces or [Piece(b.partition, b.low, b.end) for b in await driver.bounds(entity, committed_only)]
-    look = await driver.browse(entity, pieces, COLUMNS, committed_only, frozenset())
+    look = await driver.browse(entity, pieces, COLUMNS, committed_only, frozenset(), digest)
     found: list[Step] = []
     ends = {p.partition: p.end for p in pieces if p.end is None or p.start < p.end}
     until = time.monotonic() + 10

@@ -18,6 +18,8 @@ def values(column: object, rows: int) -> list[Any]:
         import pyarrow as pa
 
         return list(pa.array(column).to_pylist())
+    if hasattr(column, "tolist"):
+        return list(column.tolist())
     return list(column) if isinstance(column, Sequence) and not isinstance(column, str | bytes) else [column] * rows
 
 

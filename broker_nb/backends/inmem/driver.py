@@ -15,6 +15,7 @@ from broker_nb.backends.driver import (
     Browser,
     Capabilities,
     Dedupe,
+    Digest,
     Effect,
     Entity,
     Facts,
@@ -220,6 +221,7 @@ class InmemDriver:
         want: frozenset[str],
         committed_only: bool,
         allow: frozenset[Effect],
+        digest: Digest | None = None,
     ) -> Browser:
         with self._call("browse", topic.name):
             found = self.broker.topic(topic.name)

@@ -260,11 +260,11 @@ def is_about(error: KafkaError, topic: str) -> bool:
     return kind_of(error) in (ErrorKind.NOT_FOUND, ErrorKind.PERMISSION) and error.str().startswith(f"{topic} [")
 
 
-def fetch(consumer: Consumer, max_rows: int, max_bytes: int, wait: float) -> list[Message]:
-    """What is there now, after at most `wait` seconds for the first row. Errors and ends of partitions come as rows."""
+def fetch(consumer: Consumer, max_rows: int, max_bytes: int, wait: float) -> tuple[list[Message], int]:
+    """What is there now, after at most `wait` seconds for the first row, and its bytes. Errors and ends of partitions come as rows."""
     first = consumer.poll(wait)
     if first is None:
-        return []
+        return [], 0
     rows, size = [first], len(first)
     while len(rows) < max_rows and size < max_bytes:
         more = consumer.consume(min(CONSUME, max_rows - len(rows)), 0)  # waits for nothing: a longer time-out is waited in full
@@ -272,7 +272,7 @@ def fetch(consumer: Consumer, max_rows: int, max_bytes: int, wait: float) -> lis
             break
         rows += more
         size += sum(map(len, more))
-    return rows
+    return rows, size
 
 
 def split(rows: list[Message]) -> tuple[list[Message], list[Message]]:

@@ -6,20 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
 
 from broker_nb.backends.driver import Column, Envelope, Position
 from broker_nb.messages import Attribute
 
 _MS = 1_000_000
+_LATEST_MS = (2**63 - 1) // _MS
 
 
-def _times(rows: Sequence[Message]) -> Sequence[int | None]:
-    ms = list(map(itemgetter(1), map(Message.timestamp, rows)))
-    # The client's -1 stands for "none" only together with its type; a producer may set a time before 1970.
-    if ms and min(ms) < 0:
+def _times(rows: Sequence[Message]) -> Column:
+    ms = np.fromiter(map(itemgetter(1), map(Message.timestamp, rows)), np.int64, len(rows))
+    # The client's -1 stands for "none" only together with its type; a producer may set a time before 1970. And int64 ends in 2262.
+    if len(ms) and (ms.min() < 0 or ms.max() > _LATEST_MS):
         return [_time(m) for m in rows]
-    return [t * _MS for t in ms]
+    return ms * _MS
 
 
 def _time(message: Message) -> int | None:

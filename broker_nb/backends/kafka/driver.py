@@ -13,6 +13,7 @@ from broker_nb.backends.driver import (
     Backlog,
     Bounds,
     Capabilities,
+    Digest,
     Effect,
     Entity,
     Facts,
@@ -145,9 +146,10 @@ class KafkaDriver:
         want: frozenset[str],
         committed_only: bool,
         allow: frozenset[Effect],
+        digest: Digest | None = None,
     ) -> KafkaBrowser:
         del want, allow  # a fetch brings whole messages; a look has no effect to allow
-        return await self._looks.browse(topic_name(self._host, topic.name), pieces, committed_only)
+        return await self._looks.browse(topic_name(self._host, topic.name), pieces, committed_only, digest)
 
     # -------------------------------------------------------------- take and write
     async def subscribe(self, subscription: Entity, options: TakeOptions) -> KafkaSource:

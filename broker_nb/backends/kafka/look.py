@@ -8,7 +8,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from broker_nb.backends.driver import Batch, Host, Lane, Piece, Position, Step, Stop
+from broker_nb.backends.driver import Batch, Digest, Host, Lane, Piece, Position, Step, Stop
 from broker_nb.backends.kafka.client import Settings, failure, fetch, is_about, last_offsets, log, offset_of, split
 from broker_nb.backends.kafka.codec import KafkaCodec
 from broker_nb.errors import BrokerError, ErrorKind
@@ -20,6 +20,8 @@ _OURS = {
     "max.partition.fetch.bytes": 2 << 20,
     "topic.metadata.propagation.max.ms": 1000,  # how long a topic that was not found is waited for
 }
+BITE = 2000
+"""Rows that are digested at once."""
 _IDLE = 2  # consumers kept between looks
 _SERVE_S = 5.0  # how often an idle consumer hands over its events
 
@@ -61,10 +63,12 @@ class Looks:
         self._idle: list[Warm] = []
         self._closed = False
 
-    async def browse(self, topic: str, pieces: Sequence[Piece], committed_only: bool) -> KafkaBrowser:
+    async def browse(
+        self, topic: str, pieces: Sequence[Piece], committed_only: bool, digest: Digest | None = None
+    ) -> KafkaBrowser:
         """Begin to read pieces of a topic."""
         warm = await self._take(committed_only)
-        browser = KafkaBrowser(self, warm, self._host, self._settings, topic, pieces)
+        browser = KafkaBrowser(self, warm, self._host, self._settings, topic, pieces, digest)
         try:
             await warm.lane.run(browser.assign)
         except KafkaException as error:
@@ -117,9 +121,18 @@ class Looks:
 class KafkaBrowser:
     """A look over fixed pieces of one topic."""
 
-    def __init__(self, looks: Looks, warm: Warm, host: Host, settings: Settings, topic: str, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self,
+        looks: Looks,
+        warm: Warm,
+        host: Host,
+        settings: Settings,
+        topic: str,
+        pieces: Sequence[Piece],
+        digest: Digest | None,
+    ) -> None:
         self._looks, self._warm, self._host, self._settings, self._topic = looks, warm, host, settings, topic
-        self._codec = KafkaCodec(topic)
+        self._codec, self._digest = KafkaCodec(topic), digest
         self._starts = {p.partition: offset_of(p.start) for p in pieces}
         self._ends = {p.partition: None if p.end is None else offset_of(p.end) for p in pieces}
         self._open = {p for p, end in self._ends.items() if end is None or self._starts[p] < end}
@@ -153,17 +166,35 @@ class KafkaBrowser:
         """On the lane: what was read stays here until somebody takes it, also when the caller was cancelled."""
         if self._step is not None or self._closed:
             return
-        rows, events = split(fetch(self._warm.consumer, max_rows, max_bytes, wait if self._open else 0))
         reached, self._news = self._news, {}
         stopped: dict[int, Stop] = {}
-        rows = self._advance(rows, reached)
-        for event in events:
-            self._note(event, reached, stopped)
+        batch = self._fetch(max_rows, max_bytes, wait if self._open else 0, reached, stopped)
         done = {p for p in self._open & reached.keys() if (end := self._ends[p]) is not None and reached[p] >= (end,)}
         self._open -= done
         if done and self._open:  # a partition whose piece is read would fill the queue with rows that nobody wants
             self._warm.consumer.incremental_unassign([TopicPartition(self._topic, p) for p in done])
-        self._step = Step(Batch(self._codec, rows) if rows else None, reached, stopped)
+        self._step = Step(batch, reached, stopped)
+
+    def _fetch(
+        self, max_rows: int, max_bytes: int, wait: float, reached: dict[int, Position], stopped: dict[int, Stop]
+    ) -> Batch | None:
+        """What is there now; where it is digested, in small bites, which the processor's cache still holds then."""
+        digests, taken, size = [], 0, 0
+        bite = max_rows if self._digest is None else BITE
+        while taken < max_rows and size < max_bytes:
+            fetched, n = fetch(self._warm.consumer, min(bite, max_rows - taken), max_bytes - size, 0 if taken else wait)
+            rows, events = split(fetched)
+            rows = self._advance(rows, reached)
+            for event in events:
+                self._note(event, reached, stopped)
+            if self._digest is None:
+                return Batch(self._codec, rows) if rows else None
+            if rows:
+                digests.append(self._digest(Batch(self._codec, rows)))
+            taken, size = taken + len(fetched), size + n
+            if len(fetched) < bite:
+                break
+        return Batch(self._codec, (), digests=digests) if digests else None
 
     def _advance(self, rows: list[Message], reached: dict[int, Position]) -> list[Message]:
         """Note how far rows go, and leave out those beyond their piece."""

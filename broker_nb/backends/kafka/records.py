@@ -128,7 +128,7 @@ class KafkaSource:
 
     def _take(self, max_rows: int, max_bytes: int, wait: float) -> None:
         before = frozenset(self._assigned)
-        rows, events = split(fetch(self._consumer, max_rows, max_bytes, wait))
+        rows, events = split(fetch(self._consumer, max_rows, max_bytes, wait)[0])
         if not before <= self._assigned:  # taken away between two rows
             rows = [m for m in rows if m.partition() in self._assigned]
         self._rows += rows
