@@ -323,7 +323,7 @@ def test_topic_deleted_under_a_look(bed):
 
 # ------------------------------------------------------------------ values
 def test_columns_agree_with_envelopes(bed):
-    name = bed.topic(2)
+    name = bed.topic(2, message_timestamp_after_max_ms=2**63 - 1)
     bed.put(name, b"", key=b"")
     bed.put(name, None, key=b"\x00\xff\xfe", headers=[("a", b"1"), ("a", None), ("ü", b""), ("a", b"\xff")])
     bed.put(name, b"\xff\x00", timestamp=1)
