@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from broker_nb.backends.driver import Batch
 from broker_nb.errors import BrokerError, ErrorKind
-from broker_nb.frames.columns import attribute_columns, paused_gc, to_columns
+from broker_nb.frames.columns import attribute_columns, ids, paused_gc, to_columns
 from broker_nb.frames.decode import FOREIGN, MAX_FIELDS, JsonDecoder, pieces
 from broker_nb.frames.jsontypes import JSON_TEXT, width
 from broker_nb.frames.report import ReadReport, keep
@@ -112,6 +112,8 @@ class FrameBuilder:
         """The second half of `add`: what `convert` gave is decoded and filtered, mostly outside of the interpreter."""
         self._times_lost += lost
         self.bytes += pc.sum(pc.binary_length(columns["data"])).as_py() or 0
+        if "id" not in columns:
+            columns["id"] = ids(columns["partition"], columns["offset"])
         columns = self._within(columns)
         rows = len(columns["data"])
         self.scanned += rows

@@ -65,6 +65,8 @@ def attribute_columns(names: Sequence[str]) -> dict[str, str]:
 def to_columns(batch: Batch, attributes: Mapping[str, str], leases: Sequence[str] | None = None) -> tuple[dict[str, Any], int]:
     """The batch's rows as Arrow arrays under the frame's names, and how many times were outside the years 1-9999.
 
+    `id` is left out where it is made of partition and offset (`ids`).
+
     Parameters
     ----------
     attributes
@@ -77,14 +79,11 @@ def to_columns(batch: Batch, attributes: Mapping[str, str], leases: Sequence[str
         given = batch.codec.columns(batch.rows, COLUMNS)
         times, lost = _times(given.get("publish_time_ns"), n)
         key = _column(given.get("key"), n, pa.binary())
-        partition = _column(given.get("partition"), n, pa.int32())
-        offset = _column(given.get("offset"), n, pa.int64())
         held = _attributes(given.get("attributes"), n)
         columns = {
             "topic": _column(given.get("topic"), n, TEXT),
-            "partition": partition,
-            "offset": offset,
-            "id": _column(given["id"], n, TEXT) if "id" in given else _ids(partition, offset),
+            "partition": _column(given.get("partition"), n, pa.int32()),
+            "offset": _column(given.get("offset"), n, pa.int64()),
             "publish_time": times,
             "key": key,
             "key_text": _readable(key),
@@ -94,6 +93,8 @@ def to_columns(batch: Batch, attributes: Mapping[str, str], leases: Sequence[str
             "attributes": held,
             "data": _column(given.get("data"), n, pa.binary()),
         }
+    if "id" in given:
+        columns["id"] = _column(given["id"], n, TEXT)
     if leases is not None:
         columns["lease"] = pa.array(leases, TEXT)
     return columns, lost
@@ -111,7 +112,8 @@ def _column(values: Any, n: int, kind: Any) -> Any:
     return pa.array(values, kind)
 
 
-def _ids(partition: Any, offset: Any) -> Any:
+def ids(partition: Any, offset: Any) -> Any:
+    """The ids of rows that the broker names by their place."""
     return pc.binary_join_element_wise(partition.cast(pa.string()), offset.cast(pa.string()), ":").cast(TEXT)
 
 
