@@ -7,12 +7,17 @@ import functools
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import tzinfo
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from broker_nb.backends import has_secret
 from broker_nb.errors import BrokerError, ErrorKind
+from broker_nb.live import live
 from broker_nb.portable.loop import shared_loop
 from broker_nb.session import Session
+
+if TYPE_CHECKING:
+    from broker_nb.widgets.model import LiveModel
+    from broker_nb.widgets.view import LiveView
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +76,36 @@ def _awaited(
     return call
 
 
+def _shown(
+    method: Callable[Concatenate[Session, P], Coroutine[Any, Any, LiveModel]],
+) -> Callable[Concatenate[Connection, P], LiveView]:
+    @functools.wraps(method)
+    def call(self: Connection, /, *args: P.args, **kwargs: P.kwargs) -> LiveView:
+        from broker_nb.widgets import view
+
+        view.check_notebook()
+        return view.show(shared_loop().run(method(self._session, *args, **kwargs)), _caption)
+
+    return call
+
+
+def _shown_async(
+    method: Callable[Concatenate[Session, P], Coroutine[Any, Any, LiveModel]],
+) -> Callable[Concatenate[AioConnection, P], Coroutine[Any, Any, LiveView]]:
+    @functools.wraps(method)
+    async def call(self: AioConnection, /, *args: P.args, **kwargs: P.kwargs) -> LiveView:
+        from broker_nb.widgets import view
+
+        view.check_notebook()
+        return view.show(await shared_loop().arun(method(self._session, *args, **kwargs)), _caption)
+
+    return call
+
+
+def _caption(line: str) -> None:
+    captions(line)
+
+
 class AioConnection:
     """The methods of a connection, to be awaited in a cell or a script that is async itself."""
 
@@ -80,6 +115,7 @@ class AioConnection:
     topics = _awaited(Session.topics)
     sample = _awaited(Session.sample)
     consume = _awaited(Session.consume)
+    live = _shown_async(live)
     held = _awaited(Session.held)
     ack = _awaited(Session.ack)
     nack = _awaited(Session.nack)
@@ -123,6 +159,7 @@ class Connection:
     topics = _blocking(Session.topics)
     sample = _blocking(Session.sample)
     consume = _blocking(Session.consume)
+    live = _shown(live)
     held = _blocking(Session.held)
     ack = _blocking(Session.ack)
     nack = _blocking(Session.nack)

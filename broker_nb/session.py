@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from broker_nb.frames.results import Committed, Published, Settled
+    from broker_nb.widgets.model import LiveModel
 
 Subscription = MessageSubscription | RecordSubscription
 Duration = str | float | timedelta
@@ -46,6 +47,7 @@ class Session:
         self.url = url
         self.said: deque[str] = deque(maxlen=1000)
         self._holders: dict[str, Subscription] = {}
+        self.views: dict[str, LiveModel] = {}
 
     @classmethod
     async def open(
@@ -148,7 +150,7 @@ class Session:
             asked,
             want=settling.LOOK_COLUMNS,
             committed_only=isolation == "committed",
-            allow=[_effect(a) for a in allow],
+            allow=[effect(a) for a in allow],
             partitions=partitions,
         )
         frame: pd.DataFrame
@@ -214,7 +216,7 @@ class Session:
                 f'consume {topic}: name a subscription, for example subscription="debug"; sample looks without one',
             )
         opened = await self.client.subscribe(topic, subscription, hold=seconds, start=start, create=create, join=join)
-        holder = self._holder(opened)
+        holder = self.holder(opened)
         taken = await opened.take(n, timeout=timeout)
         name = functools.partial(settling.lease_text, holder)
         frame: pd.DataFrame
@@ -222,7 +224,8 @@ class Session:
         self.said.append(settling.taken_caption(opened, taken, counts, n, timeout, seconds))
         return frame
 
-    def _holder(self, subscription: Subscription) -> str:
+    def holder(self, subscription: Subscription) -> str:
+        """What leases of that subscription begin with."""
         for holder, known in self._holders.items():
             if known is subscription:
                 return holder
@@ -380,12 +383,15 @@ class Session:
         """Give back what is held and disconnect. Idempotent; deletes nothing durable."""
         held = sum(s.held_count for s in self.client.subscriptions.values() if isinstance(s, MessageSubscription))
         was_open = self.client.is_open
+        for view in self.views.values():
+            await view.close()
         await self.client.close()
         if was_open:
             self.said.append(f"{self.name} | closed" + (f" | {held} held messages were given back" if held else ""))
 
 
-def _effect(name: str) -> Effect:
+def effect(name: str) -> Effect:
+    """An effect by the name that a person gives it in `allow`."""
     try:
         return Effect[name.upper().replace("-", "_")]
     except KeyError:

@@ -322,7 +322,7 @@ def test_the_python_line_works(demo: Shell, line: str, result: str) -> None:
 
 
 def test_options_are_the_parameters(shell: Shell) -> None:
-    for verb in ("topics", "sample", "consume", "held", "ack", "nack", "reject", "release", "commit", "publish"):
+    for verb in ("topics", "sample", "consume", "live", "held", "ack", "nack", "reject", "release", "commit", "publish"):
         parameters = set(inspect.signature(getattr(broker_nb.Connection, verb)).parameters) - {"self"}
         assert set(options(shell.magics.verbs[verb])) == parameters
         shown = shell.run(f"%broker help {verb}")

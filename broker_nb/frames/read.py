@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pandas as pd
+
 from broker_nb.backends.driver import Batch
 from broker_nb.frames.build import FrameBuilder, check_format
 from broker_nb.frames.columns import paused_gc
@@ -126,24 +128,32 @@ async def read_taken(
 ) -> tuple[Any, dict[int, int]]:
     """The frame of rows that were taken, and delivery count -> rows. `lease` names a delivery by its serial."""
     builder = FrameBuilder(decode=decode, attributes=attributes, leases=True)
-    parts = [(part.batch, [lease(serial) for serial in part.serials]) for part in taken]
+    parts: list[tuple[Batch, list[str] | None]] = [(part.batch, [lease(serial) for serial in part.serials]) for part in taken]
     return await asyncio.to_thread(_build_held, builder, parts, topic, "consume")
 
 
-async def held_frame(parts: Sequence[tuple[Batch, list[str]]], names: str) -> tuple[Any, str]:
+async def held_frame(parts: Sequence[tuple[Batch, list[str] | None]], names: str) -> tuple[Any, str]:
     """The frame of rows that are held, and its caption; each batch comes with the names of its leases."""
     frame, _ = await asyncio.to_thread(_build_held, FrameBuilder(leases=True), parts, names, "held")
     of = f" of {names}" if names else ""
     return frame, f"held | {len(frame):,} messages{of} | settle with ack, nack or release"
 
 
+async def live_frame(parts: Sequence[tuple[Batch, list[str] | None]], states: Sequence[str], topic: str, dropped: int) -> Any:
+    """The frame of what a live view has, with each row's state; `dropped` rows have left it."""
+    builder = FrameBuilder(leases=any(leases is not None for _, leases in parts))
+    why = f"{dropped:,} older rows have left the view" if dropped else ""
+    frame, _ = await asyncio.to_thread(_build_held, builder, parts, topic, "live", why)
+    return frame.assign(state=pd.Series(states, dtype="str"))
+
+
 def _build_held(
-    builder: FrameBuilder, parts: Sequence[tuple[Batch, list[str]]], topic: str, verb: str
+    builder: FrameBuilder, parts: Sequence[tuple[Batch, list[str] | None]], topic: str, verb: str, why: str = ""
 ) -> tuple[Any, dict[int, int]]:
     began = time.monotonic()
     for batch, leases in parts:
         builder.add(batch, leases)
     builder.finish()
     counts, delivered = builder.counts(), builder.delivered()
-    made = ReadReport(verb=verb, topic=topic, asked="", complete=True, elapsed_s=time.monotonic() - began, **counts)
+    made = ReadReport(verb=verb, topic=topic, asked="", complete=not why, why=why, elapsed_s=time.monotonic() - began, **counts)
     return builder.to("pandas", made), delivered

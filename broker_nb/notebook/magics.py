@@ -31,7 +31,7 @@ from broker_nb.portable.loop import shared_loop
 
 log = logging.getLogger("broker_nb")
 
-_VERBS = ("topics", "sample", "consume", "held", "ack", "nack", "reject", "release", "commit", "publish")
+_VERBS = ("topics", "sample", "consume", "live", "held", "ack", "nack", "reject", "release", "commit", "publish")
 _PASSWORD = re.compile(r"://.*:.*@")
 _ADVICE = (
     "a password in a cell is already in IPython's history and in this notebook: change it, then pass it from the environment: "

@@ -18,6 +18,7 @@ from broker_nb.portable.messages import MessageSubscription
 from broker_nb.portable.publish import TopicPublisher
 from broker_nb.portable.ranges import Range
 from broker_nb.portable.records import RecordSubscription
+from broker_nb.portable.tail import Tail, open_tail
 from broker_nb.portable.transactions import TransactionalClientPublisher
 
 log = logging.getLogger("broker_nb")
@@ -147,6 +148,14 @@ class Client:
             )
 
         return await self._answer(opened)
+
+    @anywhere
+    async def tail(
+        self, topic: str, *, want: frozenset[str], committed_only: bool = True, allow: Collection[Effect] = ()
+    ) -> Tail:
+        """Follow a topic from its end as it stands now. Effect on the broker: none, or those in `allow`."""
+        facts = await self.facts(Entity(Kind.TOPIC, topic))
+        return await self._answer(lambda: open_tail(self.driver, facts, want=want, committed_only=committed_only, allow=allow))
 
     # -------------------------------------------------------------- take
     @anywhere

@@ -258,7 +258,7 @@ async def open_look(
         a range whose end comes before its start.
     """
     topic, plan = facts.entity, facts.look
-    _refuse(plan.possible, plan.reason, plan.effects, allow, topic.name)
+    refuse_effects(facts, allow)
     if partitions is not None and (unknown := sorted(set(partitions) - set(facts.partitions))):
         there = f"0..{len(facts.partitions) - 1}" if facts.partitions else "none"
         raise BrokerError(ErrorKind.INVALID, topic.name, f"{topic.name}: no partition {unknown[0]}; there are {there}")
@@ -272,10 +272,12 @@ async def open_look(
     return look
 
 
-def _refuse(possible: bool, reason: str, effects: frozenset[Effect], allow: Collection[Effect], name: str) -> None:
-    if not possible:
-        raise BrokerError(ErrorKind.UNSUPPORTED, name, f"{name} cannot be looked at: {reason}")
-    if missing := sorted(effects - frozenset(allow), key=lambda e: e.name):
+def refuse_effects(facts: Facts, allow: Collection[Effect]) -> None:
+    """Raise where looking is impossible, or has effects that were not allowed by name."""
+    name, plan = facts.entity.name, facts.look
+    if not plan.possible:
+        raise BrokerError(ErrorKind.UNSUPPORTED, name, f"{name} cannot be looked at: {plan.reason}")
+    if missing := sorted(plan.effects - frozenset(allow), key=lambda e: e.name):
         costs = "; ".join(e.value for e in missing)
         names = ",".join(e.name.lower() for e in missing)
         raise BrokerError(ErrorKind.UNSUPPORTED, name, f"looking at {name} has effects ({costs}); allow them with allow={names}")

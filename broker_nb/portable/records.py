@@ -129,7 +129,8 @@ class RecordSubscription(Subscription[Record]):
                 void[partition] = BrokerError(ErrorKind.LEASE_LOST, self.name, text)
                 continue
             prefix = self._prefixes[partition]
-            if prefix.mark_to(position) if through else prefix.mark(position):
+            moves = prefix.mark_to(position) if through else prefix.mark(position)
+            if moves or prefix.position != prefix.committed:  # moved now, or before by a commit that failed
                 moved.add(partition)
         failures = await self._flush(moved) if moved else {}
         return [self._stand(p, void.get(p) or failures.get(p)) for p in named]
@@ -184,6 +185,16 @@ class RecordSubscription(Subscription[Record]):
     def place(self, serial: int) -> tuple[int, Position]:
         """Partition and position of a delivery that `held_serials` names."""
         return self._places[serial]
+
+    def standing(self, serial: int) -> str:
+        """Where a delivery stands: "open", "committed", or "void" (its partition was taken away or given back)."""
+        if serial not in self._places:
+            return "committed"  # done long ago and forgotten
+        partition, position = self._places[serial]
+        if serial < self._void_below.get(partition, 0):
+            return "void"
+        committed = self._prefixes[partition].committed
+        return "committed" if committed is not None and position < committed else "open"
 
     @anywhere
     async def rewind(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from broker_nb.backends.driver import Batch, Capabilities, Event, Facts, Source
@@ -43,6 +43,11 @@ class Subscription(ABC, Generic[M]):
         self._handles: list[Handle] = []
         self._puller = Puller(name, capabilities.slice_s, self._choose, self._took)
         self._closed: asyncio.Task[None] | None = None
+
+    @property
+    def handles(self) -> Sequence[Handle]:
+        """The open sources; an event names the one that it is about."""
+        return self._handles
 
     async def start(self) -> None:
         """Open the first source, so that a wrong name is an error now and not later."""

@@ -1,0 +1,1 @@
+"""The live view: a model on the loop thread, and a thin widget that shows it."""
