@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from broker_nb.backends.driver import Outbound, Sent, Settled
+from broker_nb.backends.driver import Capabilities, Outbound, Sent, Settled
 from broker_nb.backends.inmem.broker import InmemBroker
+from broker_nb.backends.inmem.manners import Manner
 from broker_nb.backends.inmem.subscriptions import Queue
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.testing.harness import Harness, OtherTransaction
@@ -81,6 +82,28 @@ class InmemHarness(Harness):
 
     def mend(self) -> None:
         self.broker.faults.clear()
+
+
+class MannerHarness(InmemHarness):
+    """For the broker with the manners of another one. After each case, nothing must have been done that a real client would punish."""
+
+    manner: ClassVar[Manner]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profile = {**self.profile, "options": {"like": self.manner.name}}
+
+    @classmethod
+    def backend(cls) -> str:
+        return f"inmem?like={cls.manner.name}"
+
+    @classmethod
+    def capabilities(cls) -> Capabilities:
+        return cls.manner.able
+
+    def mend(self) -> None:
+        super().mend()
+        assert self.broker.misuses == []
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,10 @@ class Publishing(Suite):
         able, topic = bench.capabilities, await bench.topic()
         publisher = await bench.client.topic(topic)
         tried = {
-            "null body": (OutboundMessage(None, b"key", {"case": "null body"}), able.null_data),
+            "null body": (
+                OutboundMessage(None, b"first", {"case": "null body"}),
+                able.null_data,
+            ),  # a key of its own: it may be refused
             "empty body": (OutboundMessage(b"", b"key", {"case": "empty body"}), True),
             "no key": (OutboundMessage(b"x", None, {"case": "no key"}), True),
             "key": (OutboundMessage(b"x", b"text", {"case": "key"}), able.keys),

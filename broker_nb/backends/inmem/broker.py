@@ -61,6 +61,11 @@ class InmemBroker:
         For texts. `InmemBroker.get(name)` is the instance that `inmem://name` connects to.
     clock
         Where times and leases come from.
+
+    Attributes
+    ----------
+    misuses
+        What connections with manners (`inmem://name?like=...`) were caught at, a line each; empty as long as the rules are kept.
     """
 
     _named: ClassVar[dict[str, InmemBroker]] = {}
@@ -72,6 +77,7 @@ class InmemBroker:
         self.lock = threading.RLock()
         self.topics: dict[str, Topic] = {}
         self.faults: dict[str, deque[Fault[Any]]] = {}
+        self.misuses: list[str] = []
         self._transactions: dict[str, InmemTransaction] = {}
         self._open: set[InmemTransaction] = set()
         self._serial = 1

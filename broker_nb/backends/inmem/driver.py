@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from broker_nb.backends.driver import (
     Backlog,
@@ -54,7 +54,7 @@ H = TypeVar("H", InmemBrowser, QueueSource, GroupSource, InmemSender)
 class InmemDriver:
     """A connection to a broker in the memory of this process: `inmem://name`, or `inmem://` for one of its own.
 
-    `broker` is the broker itself, to make topics on.
+    `broker` is the broker itself, to make topics on. `inmem://name?like=kafka` behaves as a client of that broker would (`manners`).
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -82,20 +82,31 @@ class InmemDriver:
         self._handles: list[InmemBrowser | QueueSource | GroupSource | InmemSender] = []
 
     @classmethod
-    async def open(cls, profile: Mapping[str, Any], host: Host) -> Self:
-        name = cls._name(profile, host)
+    async def open(cls, profile: Mapping[str, Any], host: Host) -> InmemDriver:
+        name, driver = cls._name(profile, host), cls._with_manners(profile, host)
         broker = await cls.find(name)
         with broker.faulty("open"):
-            return cls(broker, host)
+            return driver(broker, host)
+
+    @classmethod
+    def _with_manners(cls, profile: Mapping[str, Any], host: Host) -> type[InmemDriver]:
+        """The class itself, or the driver with the manners that the option `like` names."""
+        from broker_nb.backends.inmem.manners import MANNERS  # they are made of this driver
+
+        like = profile.get("options", {}).get("like")
+        if like is not None and like not in MANNERS:
+            text = f"{cls.scheme} has no manners like {like!r}; there are: {', '.join(sorted(MANNERS))}"
+            raise host.error(ErrorKind.INVALID, cls.scheme, text)
+        return cls if like is None else MANNERS[like]
 
     @classmethod
     def _name(cls, profile: Mapping[str, Any], host: Host) -> str:
         names = list(profile.get("hosts", ()))
         wrong = [f"name {name!r}" for name in names[cls.most_names :]]
         wrong += [f"path {path!r}" for path in (profile.get("path"),) if path]
-        wrong += [f"option {option!r}" for option in profile.get("options", {})]
+        wrong += [f"option {option!r}" for option in profile.get("options", {}) if option != "like"]
         if wrong:
-            takes = "takes one name and nothing more" if cls.most_names else "takes nothing more"
+            takes = "takes one name and like=" if cls.most_names else "takes nothing but like="
             raise host.error(ErrorKind.INVALID, cls.scheme, f"{cls.scheme} {takes}; leave out the {wrong[0]}")
         return names[0] if names else ""
 
@@ -154,8 +165,8 @@ class InmemDriver:
     async def facts(self, entity: Entity) -> Facts:
         with self._call("facts", entity.name):
             if entity.kind is Kind.SUBSCRIPTION:
-                topic = self._parent(entity)
-                return self._facts(entity, topic, topic.subscriptions.get(entity.name))
+                topic, subscription = self._subscription(entity)
+                return self._facts(entity, topic, subscription)
             return self._facts(entity, self.broker.topic(entity.name), None)
 
     def _facts(self, entity: Entity, topic: Topic, subscription: Queue | Group | None) -> Facts:
@@ -184,6 +195,11 @@ class InmemDriver:
             details={"subscriptions": sorted(topic.subscriptions)} if entity.kind is not Kind.SUBSCRIPTION else {},
         )
 
+    def _subscription(self, entity: Entity) -> tuple[Topic, Queue | Group | None]:
+        """A subscription with its topic; None where nobody used it yet."""
+        topic = self._parent(entity)
+        return topic, topic.subscriptions.get(entity.name)
+
     def _parent(self, entity: Entity) -> Topic:
         if entity.parent is None:
             text = f"subscription {entity.name!r} belongs to a topic; name the topic too"
@@ -192,8 +208,7 @@ class InmemDriver:
 
     async def backlog(self, entity: Entity) -> Sequence[Backlog]:
         with self._call("backlog", entity.name):
-            topic = self._parent(entity)
-            subscription = topic.subscriptions.get(entity.name)
+            topic, subscription = self._subscription(entity)
             if isinstance(subscription, Queue):
                 subscription.sweep(self.broker.clock.monotonic())
             # One that was never used stands at the beginning, and asking does not make it.
@@ -226,7 +241,7 @@ class InmemDriver:
         with self._call("browse", topic.name):
             found = self.broker.topic(topic.name)
             check_pieces(self.host, found, pieces)
-            return self._keep(InmemBrowser(self.broker, self.host, found, pieces, committed_only))
+            return self._keep(self._browser(found, pieces, committed_only))
 
     # -------------------------------------------------------------- take and write
     async def subscribe(self, subscription: Entity, options: TakeOptions) -> Source:
@@ -242,14 +257,26 @@ class InmemDriver:
                 raise self.host.error(ErrorKind.INVALID, subscription.name, text)
             found = topic.subscribe(subscription.name, options.family, latest=options.start == "latest")
             if isinstance(found, Queue):
-                return self._keep(QueueSource(self.broker, self.host, found, options))
-            return self._keep(GroupSource(self.broker, self.host, found))
+                return self._keep(self._queue(found, options))
+            return self._keep(self._group(found))
 
     async def sender(self, topic: Entity, native: Mapping[str, Any]) -> Sender:
         with self._call("sender", topic.name):
             found = self.broker.topic(topic.name)
             refuse_native(self.host, topic.name, native)
-            return self._keep(InmemSender(self.broker, self.host, topic.name, found))
+            return self._keep(self._sender(found))
+
+    def _browser(self, topic: Topic, pieces: Sequence[Piece], committed_only: bool) -> InmemBrowser:
+        return InmemBrowser(self.broker, self.host, topic, pieces, committed_only)
+
+    def _queue(self, queue: Queue, options: TakeOptions) -> QueueSource:
+        return QueueSource(self.broker, self.host, queue, options)
+
+    def _group(self, group: Group) -> GroupSource:
+        return GroupSource(self.broker, self.host, group)
+
+    def _sender(self, topic: Topic) -> InmemSender:
+        return InmemSender(self.broker, self.host, topic.name, topic)
 
     async def begin(self, transactional_id: str, timeout_s: float) -> Transaction:
         with self._call("begin", transactional_id):

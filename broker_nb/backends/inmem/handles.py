@@ -243,11 +243,11 @@ class QueueSource(InmemSource):
 class GroupSource(InmemSource):
     """A member of a group."""
 
-    def __init__(self, broker: InmemBroker, host: Host, group: Group) -> None:
+    def __init__(self, broker: InmemBroker, host: Host, group: Group, *, eager: bool = False) -> None:
         super().__init__(broker, host, f"{group.topic.name}/{group.name}", group.topic)
         self.group = group
         self._codec = LogCodec(group.topic.name)
-        self.consumer = Member(lambda partitions: host.emit(Event("revoked", partitions=partitions, handle=self)))
+        self.consumer = Member(lambda partitions: host.emit(Event("revoked", partitions=partitions, handle=self)), eager)
         group.join(self.consumer)
 
     async def pull(self, max_rows: int, max_bytes: int, wait: float) -> Batch | None:
@@ -294,10 +294,15 @@ class InmemSender(Handle):
 
     async def send(self, rows: Sequence[Outbound]) -> Sequence[SendResult]:
         with self.call("send"):
-            return await append(self.topic, rows, None)
+            return await append(self.topic, rows, None, self.check)
 
 
-async def append(topic: Topic, rows: Sequence[Outbound], transaction: InmemTransaction | None) -> list[SendResult]:
+async def append(
+    topic: Topic,
+    rows: Sequence[Outbound],
+    transaction: InmemTransaction | None,
+    check: Callable[[Outbound], str | None] | None = None,
+) -> list[SendResult]:
     """Store rows in chunks, so that the loop goes on beside it."""
     stopped: set[bytes | int] = set()
     results: list[SendResult] = []
@@ -305,7 +310,7 @@ async def append(topic: Topic, rows: Sequence[Outbound], transaction: InmemTrans
         if start:
             await asyncio.sleep(0)
         with topic.broker.lock:
-            results += topic.append(rows[start : start + CHUNK], stopped, transaction)
+            results += topic.append(rows[start : start + CHUNK], stopped, transaction, check)
     return results
 
 

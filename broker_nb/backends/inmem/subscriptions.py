@@ -256,6 +256,7 @@ class Member:
     """One member of a group."""
 
     revoked: Callable[[frozenset[int]], None]  # told of partitions that went to others
+    eager: bool = False  # gives up all its partitions at each rebalance
     places: dict[int, int] = field(default_factory=dict)  # assigned partition -> next offset
     losses: int = 0  # how often partitions were taken away: what was read before may be another's work now
 
@@ -293,8 +294,9 @@ class Group:
     def _deal(self) -> None:
         for i, member in enumerate(self.members):
             mine = range(i, len(self.topic.logs), len(self.members))
-            gone = member.places.keys() - set(mine)
-            member.places = {p: member.places[p] if p in member.places else self._place(p) for p in mine}
+            kept = set() if member.eager else member.places.keys() & set(mine)
+            gone = member.places.keys() - kept
+            member.places = {p: member.places[p] if p in kept else self._place(p) for p in mine}
             if gone:
                 member.losses += 1
                 member.revoked(frozenset(gone))

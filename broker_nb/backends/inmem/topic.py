@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -88,13 +88,18 @@ class Topic:
         return None
 
     def append(
-        self, rows: Iterable[Outbound], stopped: set[bytes | int] | None = None, transaction: InmemTransaction | None = None
+        self,
+        rows: Iterable[Outbound],
+        stopped: set[bytes | int] | None = None,
+        transaction: InmemTransaction | None = None,
+        check: Callable[[Outbound], str | None] | None = None,
     ) -> list[SendResult]:
         """Store rows; after one that was not stored, later ones of its key (without a key: of its partition) are refused.
 
-        `stopped` has those keys and partitions, for callers that store in several goes.
+        `stopped` has those keys and partitions, for callers that store in several goes; `check` says why a row is refused, instead
+        of `refusal`.
         """
-        now = self.broker.clock.time_ns()
+        now, check = self.broker.clock.time_ns(), check or self.refusal
         stopped = set() if stopped is None else stopped
         results: list[SendResult] = []
         for row in rows:
@@ -102,7 +107,8 @@ class Topic:
             if stopped and lane in stopped:
                 result = self._refused(ErrorKind.CONFLICT, "an earlier row of its key was not stored; send them again in order")
             else:
-                result = self._store(row, now, transaction)
+                why = check(row)
+                result = self._refused(ErrorKind.INVALID, why) if why is not None else self._store(row, now, transaction)
                 if result.error is not None and lane != NO_PARTITION:
                     stopped.add(lane)
             results.append(result)
@@ -110,8 +116,6 @@ class Topic:
         return results
 
     def _store(self, row: Outbound, now: int, transaction: InmemTransaction | None) -> SendResult:
-        if (why := self.refusal(row)) is not None:
-            return self._refused(ErrorKind.INVALID, why)
         data, key, attributes, partition, time_ns, dedupe, _ = row
         if dedupe is not None and (known := self._sent.get(dedupe)) is not None:
             return SendResult(Sent.DUPLICATE, f"{known.partition}:{known.offset}", known.partition, (known.offset,))
@@ -149,6 +153,12 @@ class Topic:
     def forget(self, dedupe: DedupeId) -> None:
         """The row with this id was aborted and may be sent again."""
         del self._sent[dedupe]
+
+    def forget_before(self, time_ns: int, dedupes: Iterable[DedupeId]) -> None:
+        """Those of these ids whose row is older may be sent again."""
+        for dedupe in dedupes:
+            if (known := self._sent.get(dedupe)) is not None and known.time_ns < time_ns:
+                self.forget(dedupe)
 
     def bury(self, row: Row, subscription: str, reason: str) -> None:
         """Put a row of this topic into its dead-letter topic, with where it came from and why."""

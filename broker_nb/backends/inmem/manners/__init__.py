@@ -1,0 +1,66 @@
+"""The manners of other brokers: `inmem://name?like=kafka` behaves as a client of that broker would.
+
+So every branch of the portable layer is tested without a server, and a mistake that the broker in memory would forgive is caught: it
+raises `Misuse` and is noted in `InmemBroker.misuses`. A manner is one `Manner`; where a broker has a way that none of these has, the
+way becomes a field there and a branch in `handles`.
+"""
+
+from __future__ import annotations
+
+from broker_nb.backends.driver import Capabilities, Dedupe, Family, LookPlan
+from broker_nb.backends.inmem.manners.driver import MannerlyDriver, driver_with
+from broker_nb.backends.inmem.manners.manner import Manner
+
+KAFKA = Manner(
+    name="kafka",
+    able=Capabilities(
+        families=frozenset({Family.RECORD}),
+        slice_s=0.1,
+        implicit_subscriptions=True,
+        binary_keys=True,
+        null_key_is_not_empty=True,
+        null_data=True,
+        attribute_types=frozenset({str, bytes}),
+        null_attributes=True,
+        repeated_attributes=True,
+        notyet={
+            "transactions": "issue 6",
+            "messages": "share groups: the client calls them a preview; issue 6",
+        },
+        never={
+            "nack": "a log has no single messages to give back; commit up to a position",
+            "release_delay": "a log has no single messages to give back",
+        },
+    ),
+    look=LookPlan(True),
+    late_proof=True,
+    producer_times=True,
+    eager_groups=True,
+)
+
+JETSTREAM = Manner(
+    name="jetstream",
+    able=Capabilities(
+        families=frozenset({Family.MESSAGE}),
+        slice_s=0.5,
+        concurrent_settle=True,
+        release_delay=True,
+        reject=True,
+        null_key_is_not_empty=True,
+        attribute_types=frozenset({str}),
+        repeated_attributes=True,
+        never={
+            "records": "a consumer settles messages one by one",
+            "transactions": "JetStream has none",
+            "null_data": "a NATS message has a body, perhaps an empty one",
+            "null_attributes": "a NATS header is text",
+            "binary_keys": "a key is a header, and headers are text",
+        },
+    ),
+    look=LookPlan(True, sorted_times=True),
+    dedupe=Dedupe(window_s=120.0, ordered=False, replaces_message_id=False),
+    reject_is_final=True,
+    fixed_lease=True,
+)
+
+MANNERS: dict[str, type[MannerlyDriver]] = {manner.name: driver_with(manner) for manner in (KAFKA, JETSTREAM)}
