@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_conformance_inmem import InmemHarness, MannerHarness
+from inmem_bed import InmemHarness, MannerHarness
 
 from broker_nb.backends.driver import Outbound
 from broker_nb.backends.inmem.manners import JETSTREAM

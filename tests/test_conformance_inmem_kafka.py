@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_conformance_inmem import InmemHarness, MannerHarness
+from inmem_bed import InmemHarness, MannerHarness
 
 from broker_nb.backends.inmem.manners import KAFKA
 from broker_nb.testing.suites import suites

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_conformance_inmem import InmemHarness
+from inmem_bed import InmemHarness
 
 from broker_nb.backends.driver import Batch, Capabilities, Envelope, Family, Outcome, Piece, SendResult, Sent, Settled, Step
 from broker_nb.backends.inmem.driver import InmemDriver

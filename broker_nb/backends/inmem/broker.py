@@ -211,7 +211,7 @@ class InmemBroker:
             A method's name in the driver contract ("pull", "settle", "send", "facts", ...); "open" is to connect, "end" is commit
             and abort of a transaction.
         fault
-            An error that the call raises; or, for the next row of "settle" and "send", its state.
+            An error that the call raises; or the state of the next row of "settle" or "send", or of the next "commit".
         done
             The broker does its work all the same, and only the answer is bad.
         """

@@ -261,18 +261,23 @@ class GroupSource(InmemSource):
 
     async def commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
         with self.call("commit"), self.broker.lock:
-            states = self.group.commit(self.consumer, {p: offset_of(at) for p, at in positions.items()})
+            fault = self.broker.take_fault("commit", Settled) if self.broker.faults else None
+            if fault is not None and not fault.done:
+                states = dict.fromkeys(positions, fault.what)
+            else:
+                states = self.group.commit(self.consumer, {p: offset_of(at) for p, at in positions.items()})
+                states = states if fault is None else dict.fromkeys(positions, fault.what)
             return {p: self._outcome(p, state) for p, state in states.items()}
 
     def _outcome(self, partition: int, state: Settled) -> Outcome:
         if state is Settled.CONFIRMED:
             return _DONE
-        lost = state is Settled.LOST
-        why = "is another member's now" if lost else "ends before that position"
-        kind = ErrorKind.LEASE_LOST if lost else ErrorKind.INVALID
-        return Outcome(
-            state, self.host.error(kind, self.entity, f"{self.entity}: partition {partition} {why}; nothing was committed")
-        )
+        kind, why = {
+            Settled.LOST: (ErrorKind.LEASE_LOST, "is another member's now; nothing was committed"),
+            Settled.RETRY: (ErrorKind.TRANSIENT, "was not committed; try again"),
+        }.get(state, (ErrorKind.INVALID, "ends before that position; nothing was committed"))
+        text = f"{self.entity}: partition {partition} {why}"
+        return Outcome(state, self.host.error(kind, self.entity, text, retryable=state is Settled.RETRY))
 
     async def seek(self, positions: Mapping[int, Position]) -> None:
         with self.call("seek"), self.broker.lock:
