@@ -73,5 +73,6 @@ async def live(
         else:
             feed = feeds.RecordFeed(self.client, key, self.holder(opened), opened, fresh=fresh)
     view = self.views[name] = LiveModel(name, feed, columns=columns, max_held=max_held)
-    self.client.host.listen(view.on_event)
+    deaf = self.client.host.listen(view.on_event)
+    view.on_end += [lambda line: deaf(), lambda line: self.views.pop(name, None)]
     return view

@@ -383,7 +383,7 @@ class Session:
         """Give back what is held and disconnect. Idempotent; deletes nothing durable."""
         held = sum(s.held_count for s in self.client.subscriptions.values() if isinstance(s, MessageSubscription))
         was_open = self.client.is_open
-        for view in self.views.values():
+        for view in list(self.views.values()):
             await view.close()
         await self.client.close()
         if was_open:

@@ -58,6 +58,11 @@ class Lab:
     def open(self, name: str) -> int:
         """Open a notebook and wait for its kernel; how many cells it has."""
         self.page.goto(f"{self._base}/lab/tree/{name}?reset&token={self._token}")  # a workspace of its own
+        self.ready()
+        return int(self.page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length"))
+
+    def ready(self) -> None:
+        """Wait until the notebook in front has a kernel that is idle."""
         end = time.monotonic() + 60
         while True:
             try:
@@ -68,7 +73,6 @@ class Lab:
                     raise
             assert time.monotonic() < end, "JupyterLab was not ready within 60 s"
             self.page.wait_for_timeout(50)
-        return int(self.page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length"))
 
     def run(self, cell: int) -> bool:
         """Run a cell to its end; whether it succeeded."""

@@ -10,7 +10,7 @@ import pytest
 
 import broker_nb
 from broker_nb import connection
-from broker_nb.backends.driver import Family, Outbound
+from broker_nb.backends.driver import Event, Family, Outbound
 from broker_nb.backends.inmem.broker import InmemBroker
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.portable.loop import shared_loop
@@ -317,6 +317,34 @@ def test_a_failure_for_good_is_shown(conn, broker, monkeypatch):
     assert page.last["health"]["text"] == "orders: not allowed to read"
 
 
+def test_a_row_whose_broker_is_gone_is_unknown(conn, broker):
+    fill(broker, 2)
+    page = Page(opened(conn, "orders", "s"))
+    until(lambda: len(page.in_state("held")) == 2)
+    broker.fail_next("pull", BrokerError(ErrorKind.PERMISSION, "orders", "orders: thrown out"))
+    fill(broker, 1)
+    until(lambda: page.last["health"]["level"] == "error")
+    broker.fail_next("settle", BrokerError(ErrorKind.CLOSED, "orders", "orders: gone"))
+    assert not page.ask("ack", [1])["ok"]
+    assert page.states[1] == "unknown"
+    assert page.model.rows.get(1).why == "orders: gone; it may come again"
+    assert page.ask("ack", [2])["ok"]  # what can still be done can be done
+
+
+def test_events_of_the_connection_are_shown(conn, broker):
+    fill(broker, 1)
+    page = Page(opened(conn, "orders", "s"))
+    until(lambda: page.in_state("held"))
+    host = conn._session.client.host
+    host.emit(Event("reconnecting"))
+    until(lambda: page.last["health"]["text"] == "the broker does not answer; trying again")
+    host.emit(Event("reconnected"))
+    until(lambda: page.last["health"]["level"] == "ok")
+    close(page.model)
+    assert page.model.on_event not in host._listeners
+    assert conn._session.views == {}
+
+
 def test_our_own_mistake_is_shown(conn, broker, monkeypatch):
     fill(broker, 1)
     model = opened(conn, "orders", "s")
@@ -334,7 +362,7 @@ def test_closing_gives_back_and_leaves(conn, broker):
     fill(broker, 3)
     model = opened(conn, "orders", "s")
     lines = []
-    model.on_end = lines.append
+    model.on_end.append(lines.append)
     page = Page(model)
     until(lambda: len(page.in_state("held")) == 3)
     assert page.ask("ack", [1])["ok"]

@@ -330,6 +330,14 @@ def test_options_are_the_parameters(shell: Shell) -> None:
     assert all(f"%broker {verb}" in shell.run("%broker help") for verb in shell.magics.verbs)
 
 
+def test_live_needs_a_page(demo: Shell) -> None:
+    shown = demo.fail("%broker live orders --subscription debug")
+    assert shown == "live: works in a notebook (JupyterLab, Notebook 7); here use consume, or sample to look\n"
+    assert demo.run("%broker live --python orders --subscription debug --columns status,id").strip() == (
+        'conn.live("orders", subscription="debug", columns=["status", "id"])'
+    )
+
+
 # ------------------------------------------------------------------ settings
 def test_limit_and_timezone(demo: Shell) -> None:
     demo.run("%config BrokerMagics.limit = 4\ndf = %broker sample orders -100")

@@ -57,7 +57,7 @@ class LiveModel:
         self.name, self.columns, self.max_held = name, tuple(columns), max_held
         self.opened = datetime.now(UTC)
         self.send: Send | None = None
-        self.on_end: Callable[[str], None] | None = None
+        self.on_end: list[Callable[[str], object]] = []
         self.shown_by: object = None  # the widget's side of it
         self.rows = Rows()
         self.settled: Counter[str] = Counter()
@@ -294,7 +294,7 @@ class LiveModel:
     def _health(self) -> dict[str, Any]:
         notes = [wording.plain(note) for note in self._feed.notes()][-3:]
         if self.failed:
-            return {"level": "error", "text": self.failed, "notes": notes, "paused": self._paused}
+            return {"level": "error", "text": wording.plain(self.failed), "notes": notes, "paused": self._paused}
         if self._paused:
             return {"level": "paused", "text": "paused", "notes": notes, "paused": True}
         if self._trouble or self._remote:
@@ -345,5 +345,5 @@ class LiveModel:
         self.ended = f"closed {datetime.now(UTC):%H:%M:%S} UTC"
         line = self.line() + text
         self._push(self._out.signed({"type": "bye", "text": line}), [])
-        if self.on_end is not None:
-            self.on_end(line)
+        for end in self.on_end:
+            end(line)

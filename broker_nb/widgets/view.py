@@ -67,7 +67,8 @@ class LiveView:
         self._widget: LiveWidget | None = LiveWidget(model)
         self._displays: list[str] = []
         self._shown_in: object = None
-        model.send, model.on_end = self._widget.push, self._end
+        model.send = self._widget.push
+        model.on_end.append(self._end)
 
     @property
     def name(self) -> str:
