@@ -48,6 +48,12 @@ def test_a_module_is_one_idea() -> None:
     assert not {path: length for path, length in lengths.items() if length > 400}
 
 
+def test_nothing_of_the_package_is_left_out_of_git() -> None:
+    command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "broker_nb"]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert not [name for name in ignored if "__pycache__" not in name and "/labextension/" not in name]
+
+
 def test_the_licence_is_the_pure_text() -> None:
     digest = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
     assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == digest
