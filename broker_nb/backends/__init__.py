@@ -31,6 +31,7 @@ _SCHEMES = {
     "demo": _Entry("broker_nb.backends.inmem.demo:DemoDriver", "", ""),
     "inmem": _Entry("broker_nb.backends.inmem.driver:InmemDriver", "", ""),
     "kafka": _Entry("broker_nb.backends.kafka.driver:KafkaDriver", "confluent_kafka", "kafka"),
+    "nats": _Entry("broker_nb.backends.jetstream.driver:JetStreamDriver", "nats", "nats"),
 }
 
 
@@ -78,7 +79,9 @@ def _missing(scheme: str, client: str, requirement: str) -> BrokerError:
 
 # ------------------------------------------------------------------ URLs
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
-_SECRET = re.compile(r"pass(word|phrase|wd)?$|pwd$|secret|token|credential|private.?key|api.?key|access.?key|sas.?key|jaas", re.I)
+_SECRET = re.compile(
+    r"pass(word|phrase|wd)?$|pwd$|secret|token|seed_str$|credential|private.?key|api.?key|access.?key|sas.?key|jaas", re.I
+)
 
 
 class _Parts(NamedTuple):

@@ -171,7 +171,14 @@ class Bench:
         """A member of a subscription, which is made where it is not there."""
         client, name = client or self.client, name or self.name("sub")
         opened = await client.subscribe(
-            topic, name, family=family or self.family, create=True, join=True, start=start, max_held=max_held
+            topic,
+            name,
+            family=family or self.family,
+            create=True,
+            join=True,
+            start=start,
+            max_held=max_held,
+            native=self.harness.native(topic),
         )
         reader = Reader(client, topic, name, opened)
         self._closing.append(reader.close)

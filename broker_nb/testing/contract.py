@@ -157,7 +157,9 @@ async def follower(bench: Bench, topic: str) -> Browser:
 async def open_source(bench: Bench, topic: str, family: Family, name: str | None = None, **options: Any) -> Source:
     """A source on a new subscription."""
     subscription = Entity(Kind.SUBSCRIPTION, name or bench.name("sub"), topic)
-    return await bench.client.driver.subscribe(subscription, TakeOptions(family=family, create=True, **options))
+    return await bench.client.driver.subscribe(
+        subscription, TakeOptions(family=family, create=True, **{"native": bench.harness.native(topic)} | options)
+    )
 
 
 async def steps(

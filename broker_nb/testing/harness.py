@@ -59,6 +59,8 @@ class Harness:
     profile: Mapping[str, Any]
     redelivery_s: ClassVar[float] = 5.0
     """Seconds within which a row that was given back comes again."""
+    awkward: ClassVar[int] = 30
+    """How many of 36 awkward attributes have to pass: 18 texts as names, the same as values."""
     never: ClassVar[Mapping[str, str]] = {}
     notyet: ClassVar[Mapping[str, str]] = {}
     """What there is none of: a hook, a wish of `make_topic`, a state ("Stop.UNPROVEN", "message.SENT"). Capabilities tell about themselves."""
@@ -85,6 +87,11 @@ class Harness:
         `compact`).
         """
         raise NotImplementedError
+
+    def native(self, topic: str) -> Mapping[str, Any]:
+        """Options for a new subscription, where `ack_deadline` and the like are wishes about it and not about the topic."""
+        del topic
+        return {}
 
     def snapshot(self) -> object:
         """Everything that a look must not change: topics, ends, groups, positions, members, delivery counts."""

@@ -74,7 +74,7 @@ class Publishing(Suite):
         refused = [r for r in results if not r.ok]
         assert {r.state for r in refused} <= {"refused"}
         assert all(r.error is not None and r.error.kind is ErrorKind.INVALID and topic in str(r.error) for r in refused)
-        assert sum(r.ok for r in results) >= 30, "only NUL and the like may be beyond a broker"
+        assert sum(r.ok for r in results) >= bench.harness.awkward, "only NUL and the like may be beyond a broker"
         expected = {
             m.data: m.attributes.names + tuple(a.value for a in m.attributes)
             for m, r in zip(wanted, results, strict=True)

@@ -123,6 +123,19 @@ class Messages(Delivery):
         assert bodies(await reader.read(1, 1 + bench.harness.redelivery_s)) == [b"later"]
         assert time.monotonic() - began >= 0.9
 
+    @case("reject")
+    async def test_rejected_comes_no_more(self, bench: Bench) -> None:
+        """A rejected message is confirmed to be settled, and comes to nobody on the subscription any more; the others do."""
+        topic, name = await bench.topic(), bench.name("sub")
+        await bench.publish(topic, [b"bad", b"good"])
+        reader = await bench.reader(topic, name)
+        bad, _ = await messages(reader, 2)
+        await bad.reject("unreadable")
+        await reader.close()
+        again = await bench.reader(topic, name)
+        assert bodies(await again.read(1, bench.harness.redelivery_s)) == [b"good"]
+        assert await again.rest() == []
+
     @case("reject", "dead_letter")
     async def test_rejected_is_dead_lettered(self, bench: Bench) -> None:
         """A rejected message is in the dead-letter queue, body and key unchanged, and comes no more."""
