@@ -190,13 +190,14 @@ def connect(
     timeout: float = 5.0,
     options: Mapping[str, Any] | None = None,
     read_only: bool = False,
+    **settings: Any,
 ) -> Connection:
     """Connect to a broker. Effect on the broker: none beyond the connection.
 
     Parameters
     ----------
     url
-        "demo" (an embedded broker with made-up orders), "inmem://name", "kafka://host:port[,host:port]".
+        "demo" (an embedded broker with made-up orders), "inmem://name", "kafka://host:port[,host:port]", "nats://[user@]host:port[,host:port]".
     name
         What to call it; the same name replaces (and closes) an earlier connection.
     timeout
@@ -205,6 +206,9 @@ def connect(
         The client's own settings by the client's own names, for example {"sasl.password": os.environ["KAFKA_PASSWORD"]}.
     read_only
         Refuse to publish.
+    settings
+        More options, where their names can be written so: connect("nats://host", user="me", password=os.environ["NATS_PASSWORD"]).
+        No error shows what says who we are (password, token, seed, ...).
 
     Raises
     ------
@@ -218,7 +222,11 @@ def connect(
             "a password in a cell is already in IPython's history and in this notebook: change it, then pass it from the environment: "
             'connect(url, options={"sasl.password": os.environ["..."]})',
         )
-    session = shared_loop().run(Session.open(url, name=name, timeout=timeout, options=options, read_only=read_only))
+    if twice := settings.keys() & (options or {}).keys():
+        text = f"{min(twice)} is given twice, in options and as an argument: leave one out"
+        raise BrokerError(ErrorKind.INVALID, min(twice), text)
+    asked = {**(options or {}), **settings}
+    session = shared_loop().run(Session.open(url, name=name, timeout=timeout, options=asked, read_only=read_only))
     connection = Connection(session)
     if (earlier := _open.pop(connection.name, None)) is not None:
         earlier.close()

@@ -157,9 +157,8 @@ async def follower(bench: Bench, topic: str) -> Browser:
 async def open_source(bench: Bench, topic: str, family: Family, name: str | None = None, **options: Any) -> Source:
     """A source on a new subscription."""
     subscription = Entity(Kind.SUBSCRIPTION, name or bench.name("sub"), topic)
-    return await bench.client.driver.subscribe(
-        subscription, TakeOptions(family=family, create=True, **{"native": bench.harness.native(topic)} | options)
-    )
+    asked: dict[str, Any] = {"family": family, "create": True, "native": bench.harness.native(topic), **options}
+    return await bench.client.driver.subscribe(subscription, TakeOptions(**asked))
 
 
 async def steps(

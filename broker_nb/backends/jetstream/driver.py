@@ -9,6 +9,7 @@ from broker_nb.backends.driver import (
     Backlog,
     Bounds,
     Capabilities,
+    Digest,
     Effect,
     Entity,
     Facts,
@@ -117,8 +118,10 @@ class JetStreamDriver:
         want: frozenset[str],
         committed_only: bool,
         allow: frozenset[Effect],
+        digest: Digest | None = None,
     ) -> JetStreamBrowser:
-        del want, committed_only, allow  # whole messages come, there are no transactions, and nothing is to be allowed
+        # Whole messages come, there are no transactions, nothing is to be allowed, and the loop is everybody's.
+        del want, committed_only, allow, digest
         place, info = await self._catalogue.find(topic.name)
         (piece,) = pieces
         return JetStreamBrowser(self._wire, self._catalogue, self._codec, place, info, piece)
