@@ -8,6 +8,7 @@ import nats
 
 from broker_nb.backends.driver import COLUMNS, Entity, Family, Kind, Piece, TakeOptions
 from broker_nb.backends.jetstream.driver import JetStreamDriver
+from broker_nb.errors import BrokerError
 from broker_nb.portable.host import ConnectionHost
 
 ALL = 1 << 30
@@ -114,8 +115,18 @@ class Connection:
     """Our driver with its host, and what it told."""
 
     def __init__(self, driver, host):
-        self.driver, self.host, self.events = driver, host, []
-        host.listen(self.events.append)
+        self.driver, self.host, self.events, self.news = driver, host, [], asyncio.Event()
+        host.listen(self._tell)
+
+    def _tell(self, event):
+        self.events.append(event)
+        self.news.set()
+
+    async def until(self, kind):
+        """Wait for an event of the connection."""
+        while kind not in [event.kind for event in self.events]:
+            self.news.clear()
+            await self.news.wait()
 
     @classmethod
     async def open(cls, url, *, timeout=5.0, hosts=None, secrets=(), **options):
@@ -145,6 +156,16 @@ class Connection:
         return await self.driver.sender(Entity(Kind.TOPIC, topic), {})
 
 
+async def until_it_fails(call, seconds=10):
+    """The BrokerError in which a call ends that is made again and again."""
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                await call()
+            except BrokerError as error:
+                return error
+
+
 async def read(browser, piece, seconds=10, rows=ALL, bytes_=ALL):
     """Envelopes and steps, until the piece's end is proved or it stopped."""
     found, steps = [], []
@@ -167,3 +188,17 @@ async def take(source, count, seconds=10, most=ALL):
             if batch:
                 found += zip(map(batch.codec.envelope, batch.rows), batch.tokens, strict=True)
     return found
+
+
+def on(bed, body, within=30, **profile):
+    """Run `await body(connection)` with our driver."""
+
+    async def go():
+        async with asyncio.timeout(within):
+            opened = await Connection.open(bed.url, **profile)
+            try:
+                return await body(opened)
+            finally:
+                await opened.close()
+
+    return asyncio.run(go())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from broker_nb.backends.driver import Entity, Family, Kind
 from broker_nb.errors import ErrorKind, Lost
@@ -126,7 +127,8 @@ class Messages(Delivery):
     @case("reject")
     async def test_rejected_comes_no_more(self, bench: Bench) -> None:
         """A rejected message is confirmed to be settled, and comes to nobody on the subscription any more; the others do."""
-        topic, name = await bench.topic(), bench.name("sub")
+        wishes: dict[str, Any] = {} if bench.harness.missing("dead_letter") else {"dead_letter": await bench.topic()}
+        topic, name = await bench.topic(**wishes), bench.name("sub")
         await bench.publish(topic, [b"bad", b"good"])
         reader = await bench.reader(topic, name)
         bad, _ = await messages(reader, 2)
