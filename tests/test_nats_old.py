@@ -2,11 +2,17 @@
 
 import asyncio
 import json
+import re
 import time
+import uuid
 
 import nats
+import pandas as pd
 import pytest
+from nats_bed import Bed, on
 
+import broker_nb
+from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.testing.servers import OwnServer
 
 STREAM = {"subjects": [], "retention": "limits", "storage": "file", "num_replicas": 1, "allow_direct": True}
@@ -143,3 +149,77 @@ def test_a_message_that_should_have_gone(server):
         return left
 
     assert run(server, work) == (1 if old(server) else 0)
+
+
+# Our driver there
+
+
+@pytest.fixture(scope="module")
+def old_server():
+    with OwnServer("nats@2.9") as server:
+        yield server
+
+
+@pytest.fixture
+def stream(old_server):
+    """A stream of three messages."""
+    name = f"s-{uuid.uuid4().hex}"
+
+    async def fill(raw):
+        await raw.stream(name)
+        for number in range(3):
+            await raw.js.publish(f"{name}.{number}", b"%d" % number)
+
+    run(old_server, fill)
+    return name
+
+
+@pytest.fixture
+def conn(old_server):
+    with broker_nb.connect(old_server.url, name="old") as conn:
+        yield conn
+
+
+def test_a_look_is_whole(conn, stream):
+    for topic in (stream, f"{stream}.*"):
+        frame = conn.sample(topic, "..end", decode="none")
+        assert frame["data"].tolist() == [b"0", b"1", b"2"]
+        assert frame.attrs["complete"] is True
+
+
+def test_take_and_settle(conn, stream):
+    held = conn.consume(stream, "mine", create=True, n=3)
+    assert held["delivery_count"].tolist() == [1, 1, 1]
+    assert conn.ack(held[:1]).ok
+    assert conn.nack(held[1:2], delay=0.2).ok
+    assert conn.reject(held[2:], reason="not a number").ok
+    again = conn.consume(stream, "mine", n=3, timeout=1.5)
+    assert again["data"].tolist() == [b"1"]
+    assert again["delivery_count"].tolist() == [2]
+    assert conn.ack(again).ok
+
+
+@pytest.mark.parametrize(("setting", "value"), [*NEWER_CONSUMER.items()])
+def test_a_newer_setting_of_a_consumer_is_refused_by_name(old_server, stream, setting, value):
+    async def work(opened):
+        with pytest.raises(BrokerError) as refused:
+            await opened.source(stream, "mine", create=True, native={setting: value})
+        return refused.value
+
+    error = on(Bed(old_server.url), work)
+    assert error.kind is ErrorKind.UNSUPPORTED
+    assert re.fullmatch(rf"mine: {setting} needs nats-server 2\.1[01]; this is 2\.9\.25, which would ignore it", str(error))
+    assert Bed(old_server.url).api(f"STREAM.INFO.{stream}")["state"]["consumer_count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "since"),
+    [("Nats-TTL", "2.11"), ("Nats-Schedule", "2.12")],
+)
+def test_a_newer_header_is_refused_by_name(conn, stream, header, since):
+    frame = pd.DataFrame({"data": [b"1"], "attributes": [{header: "1"}]})
+    with pytest.raises(
+        BrokerError, match=rf"attribute '{header}' needs nats-server {since}; this is 2\.9\.25, which would ignore"
+    ):
+        conn.publish(frame, to=f"{stream}.new")
+    assert len(conn.sample(stream, "..end")) == 3
