@@ -45,7 +45,7 @@ class Verbs:
 
     def publish(self, frame: Any, to: str, *, body: str = "data", dry_run: bool = False) -> None: ...
 
-    def connect(self, url: str, *, options: Mapping[str, Any] | None = None) -> None: ...
+    def connect(self, url: str, *, options: Mapping[str, Any] | None = None, **settings: Any) -> None: ...
 
 
 VERBS = {name: inspect.signature(function) for name, function in vars(Verbs).items() if not name.startswith("_")}
@@ -198,6 +198,7 @@ def test_words_keep_expressions_whole() -> None:
 
 def test_usage_is_made_from_the_signature() -> None:
     assert usage("publish", VERBS["publish"]) == "%broker publish FRAME TO [--body ...] [--dry-run] [where SQL]"
+    assert usage("connect", VERBS["connect"]) == "%broker connect URL [--options ...]"
     assert usage("sample", VERBS["sample"]).startswith("%broker sample TOPIC [RANGE] [--limit ...]")
 
 

@@ -147,8 +147,9 @@ class Option:
 
 
 def options(signature: inspect.Signature) -> dict[str, Option]:
-    """The parameters of a verb by name, `self` left out."""
-    return {name: Option(parameter) for name, parameter in signature.parameters.items() if name != "self"}
+    """The parameters of a verb by name; `self` and what takes any keyword, for Python alone, left out."""
+    taken = signature.parameters.values()
+    return {each.name: Option(each) for each in taken if each.name != "self" and each.kind is not each.VAR_KEYWORD}
 
 
 def usage(verb: str, signature: inspect.Signature) -> str:
