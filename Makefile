@@ -17,6 +17,7 @@ lab: $(READY) # the notebooks in JupyterLab
 bench: $(READY) # ours against the raw client and against what people paste, as ratios
 	$(BIN)/python benchmarks/read.py
 	$(BIN)/python benchmarks/publish.py
+	$(BIN)/python benchmarks/jetstream.py
 
 lint: $(READY)
 	$(BIN)/ruff check

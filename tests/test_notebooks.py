@@ -71,9 +71,9 @@ def test_the_quickstart_shows_what_the_first_five_minutes_promise():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_kafka_notebook_on_the_server_it_starts():
+def test_the_notebook_on_the_servers_it_starts():
     shown = execute("01-real-brokers.ipynb")
-    expect(shown, "start", r"kafka://127\.0\.0\.1:\d+")
+    expect(shown, "start", r"kafka://127\.0\.0\.1:\d+ nats://127\.0\.0\.1:\d+")
     expect(shown, "publish", r"publish orders \| 1,000 accepted")
     expect(shown, "sample", r"complete \| 50 of 1,000 messages, 3 partitions.* \| where: 50 of 1,000 match")
     expect(shown, "head", r"9007199254740992")
@@ -82,3 +82,20 @@ def test_the_kafka_notebook_on_the_server_it_starts():
     expect(shown, "commit", r"orders\[\d\]: (committed to \d+|nothing committed); \d+ not in the selection, \d+ after it wait")
     expect(shown, "log", r"ack orders/billing: this is a log")
     expect(shown, "rest", r"orders\[\d\]: committed to \d+( \||$)")
+    expect(shown, "nats-connect", r"<nats: nats-server 2\.15\.0 with JetStream>")
+    expect(shown, "nats-publish", r"publish orders\.eu \| 100 accepted")
+    expect(shown, "nats-topics", r"ORDERS +1 +100 ")
+    expect(
+        shown,
+        "nats-sample",
+        r"sample ORDERS -20 \| complete \| 1 of 100 messages.* \| where: 1 of 20 match \| no effect on the broker",
+    )
+    expect(shown, "nats-subject", r"sample orders\.\* \+3 \| complete \| 3 of 100 messages")
+    assert shown["nats-consumers"] == "0"
+    expect(shown, "nats-consume", r"consume ORDERS/billing \| 100 held until .* \| first delivery 100")
+    expect(shown, "nats-ack", r"ack ORDERS/billing \| 95 acked \| 5 still held")
+    expect(shown, "nats-nack", r"nack ORDERS/billing \| 3 back in 1 s \| 2 still held")
+    expect(shown, "nats-reject", r"reject ORDERS/billing \| 2 rejected")
+    expect(shown, "nats-again", r"(?s)3 held until .* \| second delivery 3.*cust-0 +2")
+    expect(shown, "nats-rest", r"ack ORDERS/billing \| 3 acked")
+    assert shown["nats-pending"] == "(0, 0)"

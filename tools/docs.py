@@ -224,14 +224,16 @@ def count(cases: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def others(results: Results, suites: Iterable[str]) -> Iterable[list[str]]:
-    """A row per case that did not pass; one for a whole suite that is left out for one reason."""
+    """A row per case that did not pass and reason; one for a whole suite that is left out for one reason."""
     for suite in suites:
+        backends_of: dict[tuple[str, str, str], list[str]] = {}  # (case, state, reason)
         for backend, each in results.items():
             found = {name: (STATES[c["state"]], c["says"]) for name, c in each.get(suite, {}).items() if c["state"] != "pass"}
             if len(found) == len(each.get(suite, {})) > 1 and len({*found.values()}) == 1:
-                yield [suite, "all", backend, *found.popitem()[1]]
-            else:
-                yield from ([suite, plain(name), backend, *why] for name, why in found.items())
+                found = {"all": found.popitem()[1]}
+            for name, why in found.items():
+                backends_of.setdefault((plain(name), *why), []).append(backend)
+        yield from ([suite, name, ", ".join(those), *why] for (name, *why), those in sorted(backends_of.items()))
 
 
 def cases(suite: str, results: Results) -> str:

@@ -24,8 +24,8 @@ KAFKA = Manner(
         null_attributes=True,
         repeated_attributes=True,
         notyet={
-            "transactions": "issue 6",
-            "messages": "share groups: the client calls them a preview; issue 6",
+            "transactions": "publishing is idempotent, but in no transaction; issue 6",
+            "messages": "on Kafka this takes share groups, which the client calls a preview; issue 6",
         },
         never={
             "nack": "a log has no single messages to give back; commit up to a position",
