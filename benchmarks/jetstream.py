@@ -10,7 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeAlias
 
 import nats
 import pandas as pd
@@ -24,12 +24,14 @@ from broker_nb.testing.servers import start
 
 ROWS = int(os.environ.get("BROKER_NB_BENCH_NATS_ROWS", "100000"))
 PAGES = (500, 1000, 4000)
-BATCH = 500
-LOOK, TAKE, UNCONFIRMED = "raw batched direct get({})", "raw fetch + confirmed acks", "raw fetch + acks sent only"
-PUBLISH = "raw publish, acks awaited together"
+BATCH, WINDOW = 500, 4000
+Work: TypeAlias = Callable[[Client], Coroutine[Any, Any, int]]
+LOOK = "raw batched direct get({})"
+TAKE, CORE_TAKE, UNCONFIRMED = "raw fetch + ack_sync", "raw fetch + acks confirmed to one inbox", "raw fetch + acks sent only"
+PUBLISH, CORE_PUBLISH = "raw publish_async", "raw publish, answers to one inbox"
 
 
-def plain(work: Callable[[Client], Coroutine[Any, Any, int]], address: str) -> int:
+def plain(work: Work, address: str) -> int:
     """`work` on a connection of its own."""
 
     async def run() -> int:
@@ -42,7 +44,7 @@ def plain(work: Callable[[Client], Coroutine[Any, Any, int]], address: str) -> i
     return asyncio.run(run())
 
 
-def raw_look(stream: str, page: int) -> Callable[[Client], Coroutine[Any, Any, int]]:
+def raw_look(stream: str, page: int) -> Work:
     """A request per page, its answers to a callback, until the page's status frame."""
 
     async def work(connection: Client) -> int:
@@ -65,16 +67,48 @@ def raw_look(stream: str, page: int) -> Callable[[Client], Coroutine[Any, Any, i
     return work
 
 
-def raw_take(stream: str, *, confirmed: bool) -> Callable[[Client], Coroutine[Any, Any, int]]:
+class Answers:
+    """One inbox for the answers to many requests; at most so many are under way."""
+
+    def __init__(self, connection: Client) -> None:
+        self.connection, self.inbox, self.sent = connection, connection.new_inbox(), 0
+        self.came: list[Msg] = []
+        self.news = asyncio.Event()
+
+    async def open(self) -> None:
+        await self.connection.subscribe(f"{self.inbox}.*", cb=self.take)
+
+    async def take(self, message: Msg) -> None:
+        self.came.append(message)
+        self.news.set()
+
+    async def ask(self, subject: str, data: bytes, headers: dict[str, str] | None = None) -> None:
+        await self.connection.publish(subject, data, f"{self.inbox}.{self.sent}", headers)
+        self.sent += 1
+        await self.until(WINDOW)
+
+    async def until(self, open_: int) -> None:
+        while self.sent - len(self.came) > open_:
+            self.news.clear()
+            await asyncio.wait_for(self.news.wait(), 10)
+
+
+def raw_take(stream: str, way: str) -> Work:
     """Fetch by the batch; the acks of a batch go out together."""
 
     async def work(connection: Client) -> int:
-        js, name, done = connection.jetstream(), consumer(), 0
+        js, name, done, answers = connection.jetstream(), consumer(), 0, Answers(connection)
+        await answers.open()
         config = ConsumerConfig(name=name, durable_name=name, max_ack_pending=BATCH * 4)
         taken = await js.pull_subscribe("", name, stream=stream, config=config)
         while done < ROWS:
             messages = await taken.fetch(min(BATCH, ROWS - done))
-            await asyncio.gather(*(m.ack_sync(timeout=10) if confirmed else m.ack() for m in messages))
+            if way == CORE_TAKE:
+                for message in messages:
+                    await answers.ask(message.reply, b"+ACK")
+                await answers.until(0)
+            else:
+                await asyncio.gather(*(m.ack_sync(timeout=10) if way == TAKE else m.ack() for m in messages))
             done += len(messages)
         await js.delete_consumer(stream, name)
         return whole(done)
@@ -82,13 +116,29 @@ def raw_take(stream: str, *, confirmed: bool) -> Callable[[Client], Coroutine[An
     return work
 
 
-def raw_publish(subject: str, rows: list[tuple[bytes, dict[str, str]]]) -> Callable[[Client], Coroutine[Any, Any, int]]:
+def raw_publish(subject: str, rows: list[tuple[bytes, dict[str, str]]]) -> Work:
     """Lists that are already there; the sequence of each row is kept."""
 
     async def work(connection: Client) -> int:
         js = connection.jetstream()
         waiting = [await js.publish_async(subject, data, headers=headers, wait_stall=10) for data, headers in rows]
         return whole(len([ack.seq for ack in await asyncio.gather(*waiting)]))
+
+    return work
+
+
+def raw_core_publish(subject: str, rows: list[tuple[bytes, dict[str, str]]]) -> Work:
+    """As above, with no future per row."""
+
+    async def work(connection: Client) -> int:
+        answers, sequences = Answers(connection), [0] * len(rows)
+        await answers.open()
+        for data, headers in rows:
+            await answers.ask(subject, data, headers)
+        await answers.until(0)
+        for answer in answers.came:
+            sequences[int(answer.subject.rpartition(".")[2])] = json.loads(answer.data)["seq"]
+        return whole(len({*sequences}))
 
     return work
 
@@ -137,7 +187,7 @@ def main() -> None:
     rows = [(body(i), {"trace": f"{i:016d}", "source": "bench"}) for i in range(ROWS)]
     with start("nats") as server:
 
-        def raw(work: Callable[[Client], Coroutine[Any, Any, int]]) -> Callable[[], int]:
+        def raw(work: Work) -> Callable[[], int]:
             return lambda: plain(work, server.address)
 
         raw(lambda connection: make(connection, "READ", "WRITE"))()
@@ -155,15 +205,20 @@ def main() -> None:
             )
             takes.round(
                 {
-                    TAKE: raw(raw_take("READ", confirmed=True)),
-                    UNCONFIRMED: raw(raw_take("READ", confirmed=False)),
+                    **{way: raw(raw_take("READ", way)) for way in (TAKE, CORE_TAKE, UNCONFIRMED)},
                     f"consume({BATCH}) + ack, confirmed": lambda: take(conn, "READ"),
                 }
             )
-            writes.round({PUBLISH: raw(raw_publish("write", rows)), "publish(frame)": lambda: publish(conn, "write", frame)})
+            writes.round(
+                {
+                    PUBLISH: raw(raw_publish("write", rows)),
+                    CORE_PUBLISH: raw(raw_core_publish("write", rows)),
+                    "publish(frame)": lambda: publish(conn, "write", frame),
+                }
+            )
         looks.show("JetStream -> DataFrame, ~100 B JSON, two headers", tuple(map(LOOK.format, PAGES)))
-        takes.show(f"JetStream -> DataFrame -> acked, {BATCH} at a time", (TAKE,))
-        writes.show("DataFrame -> JetStream, ~100 B, two headers, stored in a file", (PUBLISH,))
+        takes.show(f"JetStream -> DataFrame -> acked, {BATCH} at a time", (TAKE, CORE_TAKE))
+        writes.show("DataFrame -> JetStream, ~100 B, two headers, stored in a file", (PUBLISH, CORE_PUBLISH))
         conn.close()
 
 
