@@ -214,7 +214,7 @@ def test_a_newer_setting_of_a_consumer_is_refused_by_name(old_server, stream, se
 
 @pytest.mark.parametrize(
     ("header", "since"),
-    [("Nats-TTL", "2.11"), ("Nats-Schedule", "2.12")],
+    [("Nats-TTL", "2.11"), ("Nats-Schedule", "2.12"), ("Nats-Incr", "2.12")],
 )
 def test_a_newer_header_is_refused_by_name(conn, stream, header, since):
     frame = pd.DataFrame({"data": [b"1"], "attributes": [{header: "1"}]})

@@ -22,6 +22,7 @@ _FORBIDDEN = {
 SINCE = {  # what an older server would store without doing it
     "nats-ttl": ((2, 11, 0), "2.11", "allow_msg_ttl"),
     "nats-schedule": ((2, 12, 0), "2.12", "allow_msg_schedules"),
+    "nats-incr": ((2, 12, 0), "2.12", "allow_msg_counter"),
 }
 
 
