@@ -42,7 +42,6 @@ WORDS = {
     "null_attributes": "null attribute values",
     "repeated_attributes": "repeated attribute names",
     "transactions": "transactions",
-    "server_min": "oldest server",
     "messages": "messages settled one by one",
     "records": "a group's position in a log",
 }
@@ -164,7 +163,7 @@ def between(text: str) -> tuple[str, str, str]:
 def capabilities() -> str:
     """What each backend can do at best."""
     known = drivers()
-    shown = [field.name for field in dataclasses.fields(Capabilities) if field.name not in ("notyet", "never")]
+    shown = [field.name for field in dataclasses.fields(Capabilities) if field.name in WORDS]
     rows = [[WORDS[name], *(cell(getattr(able, name)) for able in known.values())] for name in shown]
     gaps = [
         [NAMES.get(scheme, scheme), WORDS.get(feature, feature), STATES[state], reason]
@@ -172,12 +171,15 @@ def capabilities() -> str:
         for state in ("notyet", "never")
         for feature, reason in getattr(able, state).items()
     ]
+    since = [[NAMES.get(scheme, scheme), *each] for scheme, able in known.items() for each in able.server_min.items()]
     return (
         "# What each backend can do at best\n\nThe constants of each driver (`Capabilities` in `broker_nb/backends/driver.py`), on its best "
         "server. What one topic or\nsubscription can do is asked of the connected server, and what you are told comes from there.\n\n"
         + table(["", *(NAMES.get(scheme, scheme) for scheme in known)], rows)
         + "\n## What is missing, and why\n\n"
         + table(["backend", "what", "when", "why"], gaps)
+        + "\n## What needs a newer server\n\nOn an older one it is done in another way, or refused by name.\n\n"
+        + table(["backend", "what", "since"], since)
     )
 
 
@@ -270,8 +272,6 @@ def cell(value: object) -> str:
             return {"str": "text", "UUID": "uuid"}.get(value.__name__, value.__name__)
         case frozenset():
             return ", ".join(sorted(map(cell, value))) or "none"
-        case dict():
-            return "; ".join(f"{feature}: {version}" for feature, version in value.items()) or "any"
     return str(value)
 
 

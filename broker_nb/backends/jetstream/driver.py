@@ -48,7 +48,13 @@ class JetStreamDriver:
         reject=True,
         null_key_is_not_empty=True,
         repeated_attributes=True,
-        server_min={"batched looks": "2.11", "reasons of a reject": "2.10.4", "Nats-TTL": "2.11", "Nats-Schedule": "2.12"}
+        server_min={
+            "batched looks": "2.11",
+            "reasons of a reject": "2.10.4",
+            "Nats-TTL": "2.11",
+            "Nats-Schedule": "2.12",
+            "Nats-Incr": "2.12",
+        }
         | SERVER_MIN,
         never={
             "records": "a consumer of a stream stores acks, not one position",
