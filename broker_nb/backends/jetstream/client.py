@@ -78,7 +78,6 @@ class Wire(Client):
         self.host, self.timeout = host, timeout
         self.name = ",".join(servers)
         self.prefix = ""
-        self.epoch = 0  # how often the connection was lost
         self.ended = False  # by us
         self._urls = [f"nats://{server}" for server in servers]
         self._needs_tls, self._api_prefix = tls, api
@@ -88,6 +87,7 @@ class Wire(Client):
         self._failures: list[BaseException] = []
         self._failed = asyncio.Event()
         self._is_open = False
+        self._deaf: BrokerError | None = None  # why no answer can be heard
 
     # -------------------------------------------------------------- opening and closing
     async def open(self, settings: Mapping[str, Any]) -> None:
@@ -107,17 +107,23 @@ class Wire(Client):
             connect = tasks.create_task(self._connect({"servers": self._urls, **settings, **callbacks}))
             failed = tasks.create_task(self._failed.wait())
             await asyncio.wait({connect, failed}, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
-            connected = connect.done() and connect.result() is None
             connect.cancel()
             failed.cancel()
-        if not connected:
-            error = connect.result() if connect.done() and not connect.cancelled() else None
+        error = self._failures[-1] if self._failures else None
+        if not connect.cancelled() and connect.result() is not None:
+            error = connect.result()
+        elif not connect.cancelled() and self.is_connected:
+            error = None
+        elif error is None and self._server_info:
+            error = ConnectionResetError("without a word")  # which the client takes for a connection
+        if error is not None or not self.is_connected:
+            asked = any(self._server_info.get(word) for word in ("auth_required", "tls_verify"))
             await self.shut()
             if error is not None and not isinstance(error, OSError | Error):
                 raise self.host.error(
                     ErrorKind.INVALID, self.name, f"{self.name}: the client does not take these settings: {error}"
                 )
-            raise connecting(self.host, self.name, error or (self._failures[-1] if self._failures else None))
+            raise connecting(self.host, self.name, error, asked=asked)
         self._is_open = True
         try:
             await self._begin()
@@ -143,14 +149,15 @@ class Wire(Client):
         try:
             await self.told("INFO", self.name)
         except BrokerError as error:
-            if error.kind is not ErrorKind.PERMISSION:  # a user who may only read streams may do that
-                raise
+            # A user who may only read some streams may do that, one who may not hear the answers may do nothing.
+            if error.kind is not ErrorKind.PERMISSION or self._deaf is not None:
+                raise self._deaf or error from error
 
     async def shut(self) -> None:
         """Disconnect. Idempotent."""
         self.ended = True
         self._cut(self.closed())
-        if not self.is_closed:
+        if not self.is_closed and self._flush_queue is not None:  # else it never began to connect
             await self.close()
 
     def closed(self) -> BrokerError:
@@ -162,8 +169,6 @@ class Wire(Client):
         # nats-py goes on in plain text where the server does not demand TLS, and would send our password so.
         if initial_connection and self._needs_tls and not info.get("tls_required"):
             if not info.get("tls_available"):
-                self._failures.append(SecureConnRequiredError())
-                self._failed.set()
                 raise SecureConnRequiredError
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
@@ -174,22 +179,25 @@ class Wire(Client):
             if len(self._failures) >= len(self._urls):  # every server had its chance
                 self._failed.set()
         elif (found := _DENIED.search(str(error))) is not None:
-            self._deny(found[1], found[2])
+            self._deny(found[1].lower(), found[2])
         else:
             log.info("%s: %s", self.name, str(error) or type(error).__name__)
 
     def _deny(self, what: str, subject: str) -> None:
-        text = (
-            f"{subject}: this user may not {'publish' if what.startswith('pub') else 'subscribe'} there; ask for the permission"
-        )
+        if what == "publish":
+            text = f"{subject}: this user may not publish there; ask for the permission"
+        else:
+            text = (
+                f"{subject}: this user may not subscribe there; ask for the permission, or give an inbox_prefix that is allowed"
+            )
         denied = self.host.error(ErrorKind.PERMISSION, subject, text)
+        self._deaf = denied if what == "subscription" else self._deaf
         subject = subject.lower()  # as the client has it
         for inbox in list(self._inboxes.values()):
             if what == "subscription" or subject == inbox.about or (inbox.about[-1:] == "." and subject.startswith(inbox.about)):
                 inbox.cut(denied)
 
     async def _on_disconnected(self) -> None:
-        self.epoch += 1
         gone = self.unreachable()
         self._cut(self.closed() if self.ended else gone)
         if self._is_open and not self.ended:

@@ -6,6 +6,8 @@ import ssl
 from collections.abc import Mapping
 from typing import Any
 
+from nats.errors import SecureConnRequiredError
+
 from broker_nb.backends.driver import Host
 from broker_nb.errors import BrokerError, ErrorKind
 
@@ -64,17 +66,22 @@ def missing(host: Host, entity: str, way_out: str = "check the name against the 
     return host.error(ErrorKind.NOT_FOUND, entity, f"{entity}: not on this server, and not created; {way_out}")
 
 
-def connecting(host: Host, servers: str, error: BaseException | None) -> BrokerError:
-    """Why no connection was made."""
-    text = str(error) or type(error).__name__
+def connecting(host: Host, servers: str, error: BaseException | None, *, asked: bool = False) -> BrokerError:
+    """Why no connection was made. `asked`: the server greeted us, and wanted to know who we are."""
+    text = (str(error) or type(error).__name__).removeprefix("nats: ")
+    if isinstance(error, SecureConnRequiredError):
+        text = f"{servers} does not offer TLS, which was asked for by tls or tls_...; nothing was sent"
+        return host.error(ErrorKind.AUTH, servers, text)
     if isinstance(error, ssl.SSLError):
         hint = "is tls_ca the authority that signed the server, and are tls_cert and tls_key ours?"
         return host.error(ErrorKind.AUTH, servers, f"{servers}: TLS failed: {error.reason or text}; {hint}")
-    if any(word in text.lower() for word in _AUTH):
-        hint = "check user and password, token, nkeys_seed or user_credentials"
-        return host.error(
-            ErrorKind.AUTH, servers, f"{servers} does not accept who we are ({text.removeprefix('nats: ')}); {hint}"
-        )
-    why = "no answer" if error is None else text.removeprefix("nats: ")
-    text = f"{servers} does not answer ({why}); is the address right and the server running?"
-    return host.error(ErrorKind.UNREACHABLE, servers, text, retryable=True)
+    if asked and isinstance(error, ConnectionError):  # it closes at once, and so its last word may be lost
+        text = f"it closed the connection: {text}"
+    elif isinstance(error, OSError) and error.filename is not None:
+        return host.error(ErrorKind.INVALID, servers, f"{servers}: user_credentials or nkeys_seed cannot be read: {text}")
+    elif not any(word in text.lower() for word in _AUTH):
+        why = "no answer" if error is None else text
+        text = f"{servers} does not answer ({why}); is the address right and the server running?"
+        return host.error(ErrorKind.UNREACHABLE, servers, text, retryable=True)
+    hint = "check user and password, token, nkeys_seed or user_credentials, tls_cert"
+    return host.error(ErrorKind.AUTH, servers, f"{servers} does not accept who we are ({text}); {hint}")
