@@ -52,6 +52,13 @@ def test_a_name_that_is_a_stream_and_a_subject(bed):
         return [[r.data for r in (await opened.look(f"{kind}:{word}"))[0]] for kind in ("stream", "subject")]
 
     assert on(bed, body) == [[b"of the stream"], [b"of the subject"]]
+
+    async def listed(opened):
+        return await opened.driver.summaries([topic(word), topic(f"gone-{word}")])
+
+    line, gone = on(bed, listed)
+    assert (line.entity.name, line.messages) == (word, 1)
+    assert (gone.entity.name, gone.messages) == (f"gone-{word}", None)
     same = bed.stream()
     bed.put(same, b"x")
 
@@ -102,6 +109,23 @@ def test_names_of_what_is_not_there(bed):
         assert kind is ErrorKind.NOT_FOUND
         assert "missing" in text or "żółć" in text or "$JS" in text
     assert bed.snapshot() == before
+
+
+def test_a_subject_that_moves_to_another_stream(bed):
+    """A name is looked up again when the stream that held it has other subjects."""
+    root = f"v{time.time_ns()}"
+    first = bed.stream(subjects=[f"{root}.a", f"{root}.b"])
+    bed.put(f"{root}.a", b"old")
+
+    async def body(opened):
+        assert [r.data for r in (await opened.look(f"{root}.a"))[0]] == [b"old"]
+        config = (await asyncio.to_thread(bed.api, f"STREAM.INFO.{first}"))["config"]
+        await asyncio.to_thread(bed.api, f"STREAM.UPDATE.{first}", **config | {"subjects": [f"{root}.b"]})
+        await asyncio.to_thread(bed.stream, subjects=[f"{root}.a"])
+        await asyncio.to_thread(bed.put, f"{root}.a", b"new")
+        return [r.data for r in (await opened.look(f"{root}.a"))[0]]
+
+    assert on(bed, body) == [b"new"]
 
 
 def test_a_subject_of_other_letters(bed):
@@ -208,6 +232,20 @@ def test_closing(bed):
         return caught.value.kind
 
     assert on(bed, body) is ErrorKind.CLOSED
+
+
+def test_a_server_that_ends_the_connection_for_good(bed):
+    """The client does not come back from some errors: it is told, and nothing hangs."""
+
+    async def body(opened):
+        await opened.driver._wire._send_command(b"NONSENSE\r\n")
+        await opened.driver._wire._flush_pending()
+        await opened.until("failed")
+        with pytest.raises(BrokerError, match="connect again") as caught:
+            await opened.driver.facts(topic("x"))
+        return caught.value.kind, opened.events[-1].error.kind
+
+    assert on(bed, body) == (ErrorKind.CLOSED, ErrorKind.CLOSED)
 
 
 # ------------------------------------------------------------------ above the driver

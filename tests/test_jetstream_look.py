@@ -204,6 +204,60 @@ def test_rows_of_a_log_that_go_while_it_is_read(bed, allow_direct):
     assert on(bed, body) == (5, [], {0: Stop.AGED_OUT})
 
 
+def test_the_oldest_rows_of_a_full_log(bed):
+    """They go while one looks: what is left from the beginning on is shown, and the look says that it is not all."""
+    name = bed.stream(max_msgs=10)
+    bed.put(name, *[b"%d" % i for i in range(1, 11)])
+
+    async def body(opened):
+        (bounds,) = await opened.driver.bounds(Entity(Kind.TOPIC, name), True)
+        await asyncio.to_thread(bed.put, name, b"11", b"12")
+        rows, steps = await read(await browser(opened, name, Piece(0, bounds.low, bounds.end)), Piece(0, bounds.low, bounds.end))
+        later = Piece(0, (2,), (11,))
+        gone = await read(await browser(opened, name, later), later)
+        return [r.position[0] for r in rows], steps[-1], gone
+
+    rows, last, (none, steps) = on(bed, body)
+    assert rows == list(range(3, 11))
+    assert (last.stopped, last.reached) == ({0: Stop.AGED_OUT}, {})
+    assert (none, steps[-1].stopped) == ([], {0: Stop.AGED_OUT})
+
+
+@WAYS
+def test_following_while_rows_are_written(bed, allow_direct):
+    """None is missed between two questions that are answered at the same time as rows come."""
+    name = bed.stream(allow_direct=allow_direct)
+
+    async def body(opened):
+        look = await browser(opened, name, Piece(0, (1,), None))
+        writing = asyncio.gather(*(asyncio.to_thread(bed.put, name, *[b"x"] * 500) for _ in range(4)))
+        seen, until = [], time.monotonic() + 20
+        while len(seen) < 2000:
+            assert time.monotonic() < until, f"{len(seen)} rows"
+            step = await look.read(1000, ALL, 0.2)
+            seen += [r.sequence for r in step.batch.rows] if step.batch else []
+        await writing
+        await look.close()
+        return seen
+
+    assert on(bed, body) == list(range(1, 2001))
+
+
+@WAYS
+def test_large_rows(bed, allow_direct):
+    """Not more at once than a client can take: the server would drop it."""
+    name = bed.stream(allow_direct=allow_direct, storage="file")
+    bed.put(name, *[b"%d" % i for i in range(100)], *[bytes(900_000) for _ in range(60)])
+
+    async def body(opened):
+        found, steps = await opened.look(name, seconds=25)
+        assert max(sum(len(r.data) for r in s.batch.rows) for s in steps if s.batch) < 64e6
+        assert opened.events == []
+        return [r.position[0] for r in found]
+
+    assert on(bed, body) == list(range(1, 161))
+
+
 @WAYS
 def test_following(bed, allow_direct):
     name = bed.stream(allow_direct=allow_direct)

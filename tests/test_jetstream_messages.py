@@ -271,6 +271,25 @@ def test_limits_of_the_consumer(bed):
     on(bed, body)
 
 
+def test_large_rows(bed):
+    """Not more at once than a client can take: the server would drop it."""
+    name = bed.stream(storage="file")
+    consumer = bed.consumer(name)
+    bed.put(name, *[bytes(900_000) for _ in range(60)])
+
+    async def body(opened):
+        source = await opened.source(name, consumer)
+        batches, until = [], time.monotonic() + 20
+        while sum(batches) < 60:
+            assert time.monotonic() < until
+            batch = await source.pull(1000, ALL, 0.2)
+            batches.append(len(batch.rows) if batch else 0)
+        assert max(batches) < 20
+        assert opened.events == []
+
+    on(bed, body)
+
+
 FOREIGN = {
     "a push consumer": {"deliver_subject": "somewhere"},
     "ack policy none": {"ack_policy": "none"},

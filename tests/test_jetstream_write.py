@@ -195,6 +195,12 @@ def test_many_rows(bed):
     assert [r.position for r in results] == [(i,) for i in range(1, 20_001)]
 
 
+def test_large_rows(bed):
+    name = bed.stream(storage="file")
+    results = sent(bed, name, *[Outbound(bytes(900_000)) for _ in range(200)])
+    assert [r.position for r in results] == [(i,) for i in range(1, 201)]
+
+
 def test_somebody_who_answers_on_the_subject(bed):
     """A service that answers requests there is not taken for the stream."""
     name = bed.stream()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -60,6 +61,7 @@ class Catalogue:
     def __init__(self, wire: Wire, names: Names) -> None:
         self._wire, self._names, self._host = wire, names, wire.host
         self.find = names.find
+        self.lows: dict[str, Position] = {}  # topic -> where it began when that was last told
 
     # -------------------------------------------------------------- names
     async def entities(self, pattern: str) -> AsyncIterator[Entity]:
@@ -102,7 +104,14 @@ class Catalogue:
         return lines
 
     async def _summary(self, topic: Entity) -> Summary:
-        place, info = await self._names.find(topic.name)
+        try:
+            place, info = await self._names.find(topic.name)
+        except BrokerError as error:
+            if error.kind is ErrorKind.CONFLICT and not topic.name.startswith("stream:"):  # it was listed as a stream
+                return replace(await self._summary(replace(topic, name=f"stream:{topic.name}")), entity=topic)
+            if error.kind is not ErrorKind.NOT_FOUND:  # else it is gone meanwhile
+                raise
+            return Summary(topic, 1, None)
         state = info["state"]
         kind = "log" if info["config"]["retention"] == "limits" else "queue"
         if place.subject or not state["messages"]:
@@ -133,7 +142,8 @@ class Catalogue:
     async def bounds(self, name: str) -> list[Bounds]:
         """Begin and end of the topic's stream."""
         _, info = await self._names.find(name)
-        return [Bounds(0, (first_of(info),), (end_of(info),))]
+        self.lows[name] = (first_of(info),)
+        return [Bounds(0, self.lows[name], (end_of(info),))]
 
     async def locate(self, name: str, time_ns: int) -> Position | None:
         """First row of the topic that the server got at or after a time."""

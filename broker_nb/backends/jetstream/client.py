@@ -102,11 +102,13 @@ class Wire(Client):
             "error_cb": self._on_error,
             "disconnected_cb": self._on_disconnected,
             "reconnected_cb": self._on_reconnected,
+            "closed_cb": self._on_closed,
         }
         async with asyncio.TaskGroup() as tasks:
             connect = tasks.create_task(self._connect({"servers": self._urls, **settings, **callbacks}))
             failed = tasks.create_task(self._failed.wait())
             await asyncio.wait({connect, failed}, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
+            self.options["allow_reconnect"] = connect.done()  # it may swallow that it is cancelled
             connect.cancel()
             failed.cancel()
         error = self._failures[-1] if self._failures else None
@@ -203,6 +205,10 @@ class Wire(Client):
         if self._is_open and not self.ended:
             self.host.emit(Event("reconnecting", error=gone))
 
+    async def _on_closed(self) -> None:
+        if self._is_open and not self.ended:
+            self.host.emit(Event("failed", error=self.unreachable()))
+
     async def _on_reconnected(self) -> None:
         self.host.emit(Event("reconnected"))
 
@@ -211,8 +217,11 @@ class Wire(Client):
             inbox.cut(error)
 
     def unreachable(self) -> BrokerError:
-        """The error while the client has no connection."""
-        return connecting(self.host, self.name, self.last_error)
+        """The error while the client has no connection; by some errors the server ends it for good."""
+        if not self.is_closed:
+            return connecting(self.host, self.name, self.last_error)
+        why = str(self.last_error or "nobody knows why").removeprefix("nats: ")
+        return self.host.error(ErrorKind.CLOSED, self.name, f"{self.name} closed the connection: {why}; connect again")
 
     # -------------------------------------------------------------- the server
     @property

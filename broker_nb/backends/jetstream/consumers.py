@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import orjson
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from broker_nb.backends.driver import Entity, TakeOptions
@@ -74,9 +75,11 @@ class Consumers:
         if place.subject:
             asked["filter_subject"] = place.subject
         try:
-            return dict(ConsumerConfig(**asked | dict(options.native)).as_dict())
-        except (TypeError, ValueError) as error:
+            config = dict(ConsumerConfig(**asked | dict(options.native)).as_dict())
+            orjson.dumps(config)
+        except (TypeError, ValueError) as error:  # orjson's is one of them
             raise self._error(ErrorKind.INVALID, name, f"{name}: a setting of the consumer is wrong: {error}") from error
+        return config
 
     def _error(self, kind: ErrorKind, name: str, text: str) -> BrokerError:
         return self._wire.host.error(kind, name, text)

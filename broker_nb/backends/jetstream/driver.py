@@ -130,7 +130,8 @@ class JetStreamDriver:
         del want, committed_only, allow, digest
         place, info = await self._catalogue.find(topic.name)
         (piece,) = pieces
-        return JetStreamBrowser(self._wire, self._catalogue, self._codec, place, info, piece)
+        late = piece.start == self._catalogue.lows.get(topic.name)
+        return JetStreamBrowser(self._wire, self._catalogue, self._codec, place, info, piece, late=late)
 
     # -------------------------------------------------------------- take and write
     async def subscribe(self, subscription: Entity, options: TakeOptions) -> JetStreamSource:

@@ -21,7 +21,7 @@ from broker_nb.errors import BrokerError, ErrorKind
 
 BATCHED = (2, 11, 0)
 """The server version from which one request brings many rows (where the stream has allow_direct)."""
-_MOST = 1024  # requests for single rows under way at once
+_MOST, _BYTES = 256, 16 << 20  # what requests for single rows may bring at once: a server drops who is too slow for it
 _POLL_S = 0.1  # between two questions for what comes next
 _STREAM = b"\r\nNats-Stream: "  # the first of the lines that the server appends
 
@@ -29,9 +29,11 @@ _STREAM = b"\r\nNats-Stream: "  # the first of the lines that the server appends
 class _Direct:
     """Many rows by one request, from any server that has the stream. The server's own lines come after those of the message."""
 
+    again = False
+
     def __init__(self, place: Place) -> None:
         self._subject = {"next_by_subj": place.subject} if place.subject else {}
-        self.over = False
+        self.over = False  # the last answer is there
 
     def requests(self, start: int, rows: int, max_bytes: int) -> list[bytes]:
         self.over = False
@@ -52,20 +54,28 @@ class _Single:
     """A request per row, answered by the stream's leader, many under way at once.
 
     Answers come in any order, and of neighbours in a gap all bring the row after it: so they are sorted when the last one is there.
+    While rows are being written, one request may find nothing and a later one the row after the next: then the next one is asked
+    for alone.
+
+    Parameters
+    ----------
+    fixed
+        Every row that is asked for was there before.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._filter = place.filter
-        self._width = 16
-        self._asked = self._waiting = 0
+    def __init__(self, place: Place, fixed: bool) -> None:
+        self._filter, self._fixed = place.filter, fixed
+        self._width, self._largest = 16, 1  # rows at once; bytes of the largest row of the last time
+        self._start = self._asked = self._waiting = 0
         self._found: dict[int, Row] = {}
-        self.over = False
+        self._nothing = False
+        self.over = self.again = False
 
     def requests(self, start: int, rows: int, max_bytes: int) -> list[bytes]:
-        del max_bytes
-        self._asked = self._waiting = min(self._width, rows)
-        self._found, self.over = {}, False
-        return [orjson.dumps({"seq": start + i, "next_by_subj": self._filter}) for i in range(self._waiting)]
+        self._start, self._asked = start, min(self._width, rows, max(1, min(max_bytes, _BYTES) // self._largest))
+        self._waiting, self._found, self._nothing, self._largest = self._asked, {}, False, 1
+        self.over = self.again = False
+        return [orjson.dumps({"seq": start + i, "next_by_subj": self._filter}) for i in range(self._asked)]
 
     def rows(self, answer: Answer) -> list[Row]:
         """Raises Refusal; that there is nothing is no refusal."""
@@ -75,21 +85,42 @@ class _Single:
         except Refusal as refusal:
             if refusal.number != NO_MESSAGE:
                 raise
+            self._nothing = True
         else:
             headers, data = b64decode(stored.get("hdrs", "")), b64decode(stored.get("data", ""))
             self._found[stored["seq"]] = Row(stored["subject"], stored["seq"], stored["time"], None, headers, data)
-        if self._waiting:
-            return []
+            self._largest = max(self._largest, len(answer.data))
+        return [] if self._waiting else self._all()
+
+    def _all(self) -> list[Row]:
         self.over = True
-        self._width = min(2 * self._width, _MOST) if 2 * len(self._found) > self._asked else max(self._width // 2, 4)
-        return [self._found[sequence] for sequence in sorted(self._found)]
+        rows = [self._found[sequence] for sequence in sorted(self._found)]
+        if self._nothing and self._asked > 1 and not self._fixed:
+            self.again, self._width = True, 1
+            return [row for i, row in enumerate(rows) if row.sequence == self._start + i]
+        self._width = min(2 * self._width, _MOST) if 2 * len(rows) > self._asked else max(self._width // 2, 1)
+        return rows
 
 
 class JetStreamBrowser:
-    """A look over one piece of a stream."""
+    """A look over one piece of a stream.
+
+    Parameters
+    ----------
+    late
+        The piece begins with the oldest row that there was, whichever that is by now.
+    """
 
     def __init__(
-        self, wire: Wire, catalogue: Catalogue, codec: JetStreamCodec, place: Place, info: Mapping[str, Any], piece: Piece
+        self,
+        wire: Wire,
+        catalogue: Catalogue,
+        codec: JetStreamCodec,
+        place: Place,
+        info: Mapping[str, Any],
+        piece: Piece,
+        *,
+        late: bool,
     ) -> None:
         self._wire, self._catalogue, self._codec, self._place = wire, catalogue, codec, place
         self._next = piece.start[0] + (len(piece.start) > 1)  # the sequence to ask for
@@ -98,10 +129,11 @@ class JetStreamBrowser:
         self._stop: Stop | None = None
         self._high = end_of(info)
         if not self._over and self._next < first_of(info):
-            # Rows of a queue go when they are done, and those that are left are shown; a log's are told to be missing.
-            self._stop, self._over = Stop.AGED_OUT, info["config"]["retention"] == "limits"
+            # Rows of a queue go when they are done, and the oldest of a full log all the time: what is left is shown.
+            self._stop, self._over = Stop.AGED_OUT, not (late or info["config"]["retention"] != "limits")
+        self._single = _Single(place, self._end is not None and self._end <= self._high)
         batched = info["config"].get("allow_direct") and wire.version >= BATCHED
-        self._way: _Direct | _Single = _Direct(place) if batched else _Single(place)
+        self._way: _Direct | _Single = _Direct(place) if batched else self._single
         self._rows: deque[Row] = deque()  # read, not handed out
         self._number = 0  # of the request
         self._asked_at: float | None = None  # while it is under way
@@ -157,7 +189,7 @@ class JetStreamBrowser:
                 self._asked_at = None
                 raise self._host_error(ErrorKind.TIMEOUT, f"no answer within {self._wire.timeout:g} s", retryable=True)
             return
-        if not self._came:
+        if not self._came and not self._way.again:
             await self._nothing(until)
         self._over |= self._end is not None and self._next >= self._end
         if self._gap is not None:
@@ -191,7 +223,7 @@ class JetStreamBrowser:
             self._news.clear()
             await self._wait(min(until, time.monotonic() + _POLL_S))
         elif isinstance(self._way, _Direct):
-            self._way = _Single(self._place)  # ask the leader
+            self._way = self._single  # ask the leader
         elif self._end > self._high:
             _, info = await self._catalogue.find(self._place.name)
             self._over, self._high = end_of(info) == self._high, end_of(info)

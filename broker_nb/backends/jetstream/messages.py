@@ -25,6 +25,7 @@ from broker_nb.errors import BrokerError, ErrorKind
 _ANSWER_S = 0.1  # how long an answer is waited for, also by a call that may not wait for rows
 _AT_LEAST_S = 0.02  # a request without an end would stay with the server while it may deliver no more
 _CLOSE_S = 1.5
+_BYTES = 16 << 20  # of one request: a server drops who is too slow for what it sends
 _TIMED_OUT, _NONE, _CONFLICT = 408, 404, 409
 REASONS = (2, 10, 4)
 """The server version from which a reject may say why; an older one would not understand it at all."""
@@ -156,7 +157,7 @@ class JetStreamSource:
         # "As soon as there is something, whatever there is": with both words the server waits for the first row only.
         request: dict[str, Any] = {"batch": rows, "expires": int(expires * 1e9), "no_wait": True}
         if self._size_bound:
-            request["max_bytes"] = min(max_bytes, self._most_bytes or max_bytes)
+            request["max_bytes"] = min(max_bytes, self._most_bytes or _BYTES, _BYTES)
         else:  # the next row alone is larger than that
             request["batch"], self._size_bound = 1, True
         if self._inbox is None:

@@ -57,7 +57,7 @@ class Names:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._known: dict[str, Place] = {}
+        self._known: dict[str, tuple[Place, object]] = {}  # with the subjects that the stream had then
 
     async def find(self, name: str) -> tuple[Place, dict[str, Any]]:
         """The place of a topic, and the server's information about its stream.
@@ -68,18 +68,15 @@ class Names:
             NOT_FOUND; INVALID for a name that can be neither; CONFLICT where it is both a stream and a subject, or several
             streams hold the subjects.
         """
-        known = self._known.get(name)
-        if known is not None:
-            try:
-                return known, await self._info(known.stream)
-            except Refusal as refusal:
-                del self._known[name]
-                raise failure(self._wire.host, name, refusal) from refusal
         try:
-            place, info = await self._resolve(name)
+            if (known := self._known.pop(name, None)) is not None:
+                place, subjects = known
+                info = await self._info(place.stream)
+            if known is None or info["config"].get("subjects") != subjects:  # they may be another stream's by now
+                place, info = await self._resolve(name)
         except Refusal as refusal:
             raise failure(self._wire.host, name, refusal) from refusal
-        self._known[name] = place
+        self._known[name] = place, info["config"].get("subjects")
         return place, info
 
     async def _info(self, stream: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from broker_nb.backends.jetstream.codec import Pair, header_block, header_flaw, 
 from broker_nb.backends.jetstream.errors import Refusal, failure, missing
 from broker_nb.errors import BrokerError, ErrorKind
 
-_UNDER_WAY = 1000  # the server refuses what it cannot keep waiting (10,000 in all)
+_ROWS, _BYTES = 1000, 32 << 20  # under way at once: the server refuses what it cannot keep waiting (10,000 rows, 128 MB in all)
 _TEXT = ("", "str", "bytes")
 _MSG_ID = "Nats-Msg-Id"
 _FORBIDDEN = {
@@ -134,6 +134,7 @@ class _Sending:
         self._wire, self._name, self._subject, self._rows, self._careful = wire, name, subject, rows, careful
         self.results: list[SendResult | None] = [None] * len(rows)
         self._under_way: dict[int, bytes | None] = {}  # row -> its key
+        self._bytes = 0
         self._busy: set[bytes] = set()  # keys under way
         self._broken: set[bytes] = set()  # keys with a row that is not stored
         self._halt: BrokerError | None = None  # why nothing more is tried
@@ -147,12 +148,15 @@ class _Sending:
             for i, row in enumerate(self._rows):
                 key = row.key
                 while self._halt is None and (
-                    len(self._under_way) >= _UNDER_WAY or (self._careful and key is not None and key in self._busy)
+                    len(self._under_way) >= _ROWS
+                    or self._bytes >= _BYTES
+                    or (self._careful and key is not None and key in self._busy)
                 ):
                     await self._go(commands)
                     await self._progress()
                 if self.results[i] is None and not self._held_back(i, key):
                     self._under_way[i] = key
+                    self._bytes += len(row.data or b"")
                     if key is not None:
                         self._busy.add(key)
                     commands.append(message(self._subject, f"{inbox.subject}.{i}", headers(row), row.data or b""))
@@ -215,6 +219,7 @@ class _Sending:
                 sequence = int(told["seq"])
                 state = Sent.DUPLICATE if told.get("duplicate") else Sent.ACCEPTED
                 self.results[i] = SendResult(state, str(sequence), 0, (sequence,))
+        self._bytes -= len(self._rows[i].data or b"")
         if (key := self._under_way.pop(i)) is not None:
             self._busy.discard(key)
         self._news.set()
@@ -226,5 +231,6 @@ class _Sending:
         for i in self._under_way:
             self.refuse(i, error, state)
         self._under_way.clear()
+        self._bytes = 0
         self._busy.clear()
         self._news.set()
