@@ -1,4 +1,5 @@
 import asyncio
+import json
 import time
 import uuid
 
@@ -6,6 +7,9 @@ import pytest
 from nats_bed import ALL, Bed, on, read, until_it_fails
 
 from broker_nb.backends.driver import COLUMNS, Entity, Kind, Piece, Stop
+from broker_nb.backends.jetstream.client import Answer
+from broker_nb.backends.jetstream.look import _Single
+from broker_nb.backends.jetstream.names import Place
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.testing.servers import OwnServer
 from broker_nb.testing.watch import disagreements
@@ -27,12 +31,18 @@ EXPECTED = [
     ("Nats-Sequence", b"9"),
     ("Nats-Time-Stamp", b"1970-01-01T00:00:00Z"),
 ]
+NOTHING = Answer(b"", b"", b'{"error": {"code": 404, "err_code": 10037, "description": "no message found"}}', None)
 WAYS = pytest.mark.parametrize("allow_direct", [True, False], ids=["batched", "single"])
 
 
 @pytest.fixture(scope="module")
 def bed(nats_url):
     return Bed(nats_url)
+
+
+def row_answer(sequence):
+    message = {"subject": "s", "seq": sequence, "time": "2026-11-25T10:00:00Z"}
+    return Answer(b"", b"", json.dumps({"message": message}).encode(), None)
 
 
 async def browser(opened, topic, piece):
@@ -221,6 +231,19 @@ def test_the_oldest_rows_of_a_full_log(bed):
     assert rows == list(range(3, 11))
     assert (last.stopped, last.reached) == ({0: Stop.AGED_OUT}, {})
     assert (none, steps[-1].stopped) == ([], {0: Stop.AGED_OUT})
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_questions_for_single_rows_while_rows_are_written(fixed):
+    """The third of four questions found nothing, then rows 3 and 4 were written, then the fourth was answered."""
+    way = _Single(Place("s", "s", ""), fixed)
+    way._width = 4
+    assert [json.loads(r)["seq"] for r in way.requests(1, 10, ALL)] == [1, 2, 3, 4]
+    found = [row.sequence for answer in (row_answer(4), row_answer(2), NOTHING, row_answer(1)) for row in way.rows(answer)]
+    assert (found, way.over, way.again) == (([1, 2, 4], True, False) if fixed else ([1, 2], True, True))
+    if not fixed:
+        assert [json.loads(r)["seq"] for r in way.requests(3, 10, ALL)] == [3]
+        assert ([r.sequence for r in way.rows(row_answer(3))], way.again) == ([3], False)
 
 
 @WAYS
