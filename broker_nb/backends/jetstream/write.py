@@ -19,10 +19,10 @@ _FORBIDDEN = {
     "nats-rollup": "it would delete the rows before it",
     "nats-batch-id": "it would hold the row back until a batch is committed",
 }
-SINCE = {  # what an older server would store without doing it
-    "nats-ttl": ((2, 11, 0), "2.11", "allow_msg_ttl"),
-    "nats-schedule": ((2, 12, 0), "2.12", "allow_msg_schedules"),
-    "nats-incr": ((2, 12, 0), "2.12", "allow_msg_counter"),
+_SINCE = {  # what an older server would store without doing it
+    "nats-ttl": ((2, 11, 0), "2.11"),
+    "nats-schedule": ((2, 12, 0), "2.12"),
+    "nats-incr": ((2, 12, 0), "2.12"),
 }
 
 
@@ -85,7 +85,7 @@ class JetStreamSender:
         low = name.lower()
         if why := _FORBIDDEN.get(low):
             return f"attribute {name!r} is not sent, because {why}; drop it"
-        since = SINCE.get(low)
+        since = _SINCE.get(low)
         if since is not None and self._wire.version < since[0]:
             return f"attribute {name!r} needs nats-server {since[1]}; this is {self._wire.server_version}, which would ignore it"
         return None
