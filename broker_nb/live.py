@@ -10,7 +10,7 @@ from broker_nb.portable.messages import MessageSubscription
 from broker_nb.portable.ranges import parse_duration
 from broker_nb.session import Duration, Session, effect
 from broker_nb.widgets import feeds
-from broker_nb.widgets.model import LiveModel
+from broker_nb.widgets.model import LiveModel, view_name
 
 
 async def live(
@@ -47,18 +47,22 @@ async def live(
     -------
     The view, which is shown at once: `view.frame()` is what it has, with the `lease` and the state of each row; `view.close()`
     gives back what it holds. Nothing is taken before a page shows it, nor after none has for a minute. Called again for the
-    same subscription, the open view is shown once more.
+    same subscription, the open view is shown once more, with the new `hold` and `max_held`.
     """
     columns, seconds = tuple([columns] if isinstance(columns, str) else columns), parse_duration(hold)
     if max_held < 1:
         raise BrokerError(ErrorKind.INVALID, "max_held", f"max_held={max_held}: hold at least 1 message")
-    name = topic if subscription is None else f"{topic}/{subscription}"
+    name = view_name(topic, subscription)
     known = self.views.get(name)
-    if known is not None and known.is_open:
+    if known is not None and known.failed:
+        await known.close()
+    elif known is not None and known.is_open:
         if known.columns != columns:
             text = f"live {name} is open with columns {list(known.columns)}; view.close() it first"
             raise BrokerError(ErrorKind.CONFLICT, name, text)
         known.max_held = max_held
+        if subscription is not None:
+            await self.client.subscribe(topic, subscription, hold=seconds)
         return known
     feed: feeds.Feed
     if subscription is None:
@@ -72,7 +76,7 @@ async def live(
             feed = feeds.MessageFeed(self.client, key, self.holder(opened), opened, fresh=fresh)
         else:
             feed = feeds.RecordFeed(self.client, key, self.holder(opened), opened, fresh=fresh)
-    view = self.views[name] = LiveModel(name, feed, columns=columns, max_held=max_held)
+    view = self.views[name] = LiveModel(topic, subscription, feed, columns=columns, max_held=max_held)
     deaf = self.client.host.listen(view.on_event)
     view.on_end += [lambda line: deaf(), lambda line: self.views.pop(name, None)]
     return view

@@ -315,6 +315,9 @@ def test_a_failure_for_good_is_shown(conn, broker, monkeypatch):
     page = Page(opened(conn, "orders", "s"))
     until(lambda: page.messages and page.last["health"]["level"] == "error")
     assert page.last["health"]["text"] == "orders: not allowed to read"
+    again = Page(opened(conn, "orders", "s"))  # opened again, it is tried again
+    assert again.model is not page.model
+    until(lambda: again.in_state("held"))
 
 
 def test_a_row_whose_broker_is_gone_is_unknown(conn, broker):
@@ -400,7 +403,9 @@ def test_closing_the_connection_closes_its_views(broker):
 def test_opened_twice_is_one_view(conn, broker):
     fill(broker, 3)
     model = opened(conn, "orders", "s", columns=["status"])
-    assert opened(conn, "orders", "s", columns="status") is model
+    assert opened(conn, "orders", "s", columns="status", max_held=2, hold="1m") is model
+    assert model.max_held == 2
+    assert conn._session.client.subscriptions["orders", "s"].hold == 60
     with pytest.raises(BrokerError, match=r"live orders/s is open with columns \['status'\]; view.close\(\) it first"):
         opened(conn, "orders", "s")
     close(model)
@@ -496,6 +501,49 @@ def test_a_flood_keeps_its_bounds(conn, broker):
 
 
 # ------------------------------------------------------------------ one message
+def test_many_long_texts_stay_within_a_message(conn, broker):
+    broker.create_topic("orders")
+    rows = [
+        Outbound(b"\xe2\x80\x94" * 500, "\u2014".encode() * 200, [("n" * 5000, b"\\" * 5000, "str")] * 200) for _ in range(300)
+    ]
+    broker.publish("orders", rows)
+    page = Page(opened(conn, "orders", "s"))  # which looks at every message's size
+    until(lambda: len(page.in_state("held")) == 300)
+    page.say(type="body", req="b", row=1)
+    until(lambda: page.bodies)
+    assert page.bodies[0][0]["attributes"][-1][0] == "\u2026 and 197 more"
+    broker.fail_next("settle", BrokerError(ErrorKind.PERMISSION, "orders", "orders: " + "no" * 300))
+    assert not page.ask("ack", list(range(1, 301)))["ok"]
+    until(lambda: len(page.in_state("held")) == 300)
+
+
+def test_a_row_that_cannot_be_read_does_not_end_the_view(conn, broker, monkeypatch):
+    fill(broker, 2)
+    model = opened(conn, "orders", "s", columns=["id"])
+    broken = model._feed.take
+
+    class Codec:
+        def __init__(self, codec):
+            self.codec = codec
+
+        def size(self, row):
+            return self.codec.size(row)
+
+        def envelope(self, row):
+            raise ZeroDivisionError("odd")
+
+    async def take(room):
+        return [each._replace(codec=Codec(each.codec)) for each in await broken(room)]
+
+    monkeypatch.setattr(model._feed, "take", take)
+    page = Page(model)
+    until(lambda: len(page.in_state("held")) == 2)
+    assert page.rows[1][8] == "cannot be shown: ZeroDivisionError: odd"
+    page.say(type="body", req="b", row=1)
+    until(lambda: "b" in page.replies)
+    assert page.ask("ack", [1])["ok"]
+
+
 def test_a_body_travels_beside_the_json(conn, broker):
     broker.create_topic("orders")
     broker.publish("orders", [Outbound(b"\x00\xff", b"\xfe", [("h", b"1", "bytes"), ("h", None, "")]), Outbound(None)])

@@ -40,21 +40,30 @@ LIVE = ("held", "asking", "read")
 Send = Callable[[dict[str, Any], list[bytes]], None]
 
 
+def view_name(topic: str, subscription: str | None) -> str:
+    """What a view is called: topic, or topic/subscription."""
+    return topic if subscription is None else f"{topic}/{subscription}"
+
+
 class LiveModel:
     """One live view.
 
     Parameters
     ----------
-    name
-        What it shows, for texts: topic, or topic/subscription.
+    topic, subscription
+        What it shows, for texts; without a subscription it is a tail.
     columns
         Fields of JSON bodies that get a column each.
     max_held
         Nothing more is pulled while so many are held.
     """
 
-    def __init__(self, name: str, feed: Feed, *, columns: Sequence[str] = (), max_held: int = 500) -> None:
-        self.name, self.columns, self.max_held = name, tuple(columns), max_held
+    def __init__(
+        self, topic: str, subscription: str | None, feed: Feed, *, columns: Sequence[str] = (), max_held: int = 500
+    ) -> None:
+        self.name = view_name(topic, subscription)
+        self.columns, self.max_held = tuple(columns), max_held
+        self._titles = {"topic": wording.plain(topic), "subscription": wording.plain(subscription or "")}
         self.opened = datetime.now(UTC)
         self.send: Send | None = None
         self.on_end: list[Callable[[str], object]] = []
@@ -128,6 +137,8 @@ class LiveModel:
             self.failed = str(error) if isinstance(error, BrokerError) else f"internal error: {type(error).__name__}: {error}"
             log.error("live %s: %s", self.name, self.failed, exc_info=None if isinstance(error, BrokerError) else error)
             self._changed.set()
+            if task is self._work[1]:  # which would have told it
+                self._push(self._out.signed({"type": "bye", "text": wording.plain(self.failed)}), [])
 
     def on_event(self, event: Event) -> None:
         """Told by the connection that something happened by itself."""
@@ -159,7 +170,7 @@ class LiveModel:
                     self._out.bodies.append(body(content["req"], self.rows.get(int(content["row"])), int(content["row"])))
                 case "ask":
                     self._ask(content)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the person is told)
             self._out.replies.append({"req": content.get("req"), "ok": False, "text": f"not understood: {error!r}"})
         self._changed.set()
 
@@ -265,10 +276,8 @@ class LiveModel:
             self.send(message, buffers)
 
     def _about(self) -> dict[str, Any]:
-        topic, _, subscription = self.name.partition("/") if self._feed.kind != "tail" else (self.name, "", "")
         return {
-            "topic": wording.plain(topic),
-            "subscription": wording.plain(subscription),
+            **self._titles,
             "kind": self._feed.kind,
             "actions": list(self._feed.actions),
             "columns": [wording.plain(c) for c in self.columns],

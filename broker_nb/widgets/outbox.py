@@ -45,14 +45,14 @@ class Outbox:
     @property
     def more(self) -> bool:
         """Whether something did not fit into the last message."""
-        return bool(self.news or self.bodies or self.snapshots)
+        return bool(self.news or self.changes or self.bodies or self.snapshots)
 
     def message(
         self, rows: Rows, about: Callable[[], dict[str, Any]], counters: Mapping[str, Any], health: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[bytes]] | None:
         """What is new, and its buffers; None when nothing is."""
         told = (counters, health, rows.lo, rows.hi)
-        if not (self.more or self.changes or self.replies or told != self.told):
+        if not (self.more or self.replies or told != self.told):
             return None
         self.told = told
         buffers: list[bytes] = []
@@ -62,13 +62,19 @@ class Outbox:
             self.news = {**rows.pinned, **self.news}
             self._told_hi = 0
         message |= {"counters": counters, "health": health, "ring": [rows.lo, rows.hi], "replies": self.replies}
-        message["states"] = [state(row) for row in self.changes.values() if row.n not in self.news]
-        self.changes, self.replies = {}, []
+        self.replies = []
+        budget = FLUSH_BYTES - len(json.dumps(message))
+        message["states"] = []
+        while self.changes and budget > 0:
+            row = self.changes.pop(next(iter(self.changes)))
+            if row.n not in self.news:
+                message["states"].append(state(row))
+                budget -= len(json.dumps(message["states"][-1]))
         if self.bodies:
             found = self.bodies.popleft()
             buffers = [found.pop("data")]
             message["body"] = found
-        message["rows"] = self._rows(rows, FLUSH_BYTES - 40 * len(message["states"]))
+        message["rows"] = self._rows(rows, budget)
         return self.signed(message), buffers
 
     def signed(self, message: dict[str, Any]) -> dict[str, Any]:

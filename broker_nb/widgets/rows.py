@@ -98,9 +98,16 @@ class Rows:
 
 def wire(row: Row, columns: Sequence[str]) -> list[Any]:
     """The row as the page gets it: plain text on one line each, cut to what a line can show."""
+    try:
+        return [*state(row), *_content(row, columns)]
+    except Exception as error:  # noqa: BLE001 (one row that its codec cannot read must not end the view)
+        problem = one_line(f"cannot be shown: {type(error).__name__}: {error}", PREVIEW)
+        return [*state(row), None, "", None, problem, row.size, None, [None] * len(columns)]
+
+
+def _content(row: Row, columns: Sequence[str]) -> list[Any]:
     e = row.codec.envelope(row.row)
     return [
-        *state(row),
         None if e.publish_time_ns is None else e.publish_time_ns // 1_000_000,
         place(e),
         key_text(e.key),
@@ -113,7 +120,7 @@ def wire(row: Row, columns: Sequence[str]) -> list[Any]:
 
 def state(row: Row) -> list[Any]:
     """What may change about a row: name, place, state, why, when it goes back by itself."""
-    return [row.n, row.pos, row.state, row.why, None if row.until is None or row.pos else wall_ms(row.until)]
+    return [row.n, row.pos, row.state, one_line(row.why, PREVIEW), None if row.until is None or row.pos else wall_ms(row.until)]
 
 
 def wall_ms(monotonic: float) -> int:
