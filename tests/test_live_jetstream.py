@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import nats
 import pytest
 from nats_bed import Bed
-from test_live_lab import View, notebook, ran, server, start  # noqa: F401 - two are fixtures
+from test_live_lab import View, click, notebook, ran, server, start  # noqa: F401 - two are fixtures
 
 from broker_nb.testing.servers import OwnServer
 
@@ -67,16 +67,6 @@ def setup(outside, count, **config):
     stream = outside.stream(**config)
     outside.put(stream, *(json.dumps({"id": f"m{n}"}).encode() for n in range(count)))
     return stream, f"%load_ext broker_nb\nimport broker_nb, time\nconn = broker_nb.connect({outside.url!r})"
-
-
-def click(view, index=0):
-    """Ack a held row; when the button was pressed."""
-    js = """(root, i) => {
-      const at = Date.now() / 1000;
-      root.querySelectorAll('.bnb-row[data-state=held]:not([hidden]) .bnb-do-ack')[i].click();
-      return at;
-    }"""
-    return view.root.evaluate(js, index)
 
 
 def test_every_button_reaches_jetstream(notebook, outside):  # noqa: F811 - a fixture

@@ -74,6 +74,16 @@ class View:
         return self.root.locator(".bnb-facts").inner_text()
 
 
+def click(view):
+    """Ack the first held row that is drawn; when the button was pressed."""
+    js = """root => {
+      const at = Date.now() / 1000;
+      root.querySelector('.bnb-row[data-state=held]:not([hidden]) .bnb-do-ack').click();
+      return at;
+    }"""
+    return view.root.evaluate(js)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
@@ -164,12 +174,10 @@ while time.time() < end:
     page.page.wait_for_timeout(700)
     clicked = []
     for n in range(3):
-        clicked.append(
-            page.page.evaluate("document.querySelector('.bnb-row[data-state=held] .bnb-do-ack').click(), Date.now() / 1000")
-        )
+        clicked.append(click(view))
         view.until(lambda n=n: f"{n + 1} acked" in view.facts)
     page.page.evaluate("window.__busy")
-    took = [at - click for click, at in zip(clicked, json.loads(ran(page, 3).splitlines()[-1]), strict=True)]
+    took = [at - pressed for pressed, at in zip(clicked, json.loads(ran(page, 3).splitlines()[-1]), strict=True)]
     print("a click reaches the broker while a cell is busy within", [f"{t:.3f} s" for t in took])
     assert max(took) < 1.0
 
