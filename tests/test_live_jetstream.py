@@ -179,7 +179,7 @@ def test_a_server_that_stops_for_a_moment(notebook):  # noqa: F811 - a fixture
         os.kill(own.pid, signal.SIGSTOP)
         try:
             click(view)
-            assert view.rows("asking").count() == 1  # green only when the server has said so
+            view.until(lambda: view.rows("asking").count() == 1)  # green only when the server has said so
             view.until(lambda: "waiting for the broker" in view.root.inner_text())
             assert "acked" not in view.facts
         finally:

@@ -388,7 +388,7 @@ widget.on_msg(lambda *message: threading.Timer(2.5, widget._heard, message).star
     ran(page, 2)
     view.choose("k0")
     view.press("ack")
-    assert view.keys("asking") == ["k0"]
+    view.until(lambda: view.keys("asking") == ["k0"])
     view.until(lambda: "kernel busy: queued until the cell ends" in view.root.inner_text())
     view.until(lambda: view.keys("acked") == ["k0"])
     view.until(lambda: "kernel busy" not in view.root.inner_text())
