@@ -1,5 +1,7 @@
 import asyncio
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -234,6 +236,37 @@ def test_closing_gives_back_at_once(bed):
         assert sorted(r.data for r, _ in await take(again, 5, 3)) == [b"%d" % i for i in range(5)]
 
     on(bed, body)
+
+
+def test_a_server_that_does_not_answer():
+    """An ack is tried again; what was given back is not: by then somebody else may have it. Closing does not wait for long."""
+    with OwnServer("nats") as server:
+        bed = Bed(server.url)
+        name = bed.stream()
+        consumer = bed.consumer(name, ack_wait=4_000_000_000)
+        bed.put(name, b"1", b"2", b"3")
+
+        async def body(opened):
+            source = await opened.source(name, consumer)
+            (_, done), (_, back), (_, bad) = await take(source, 3)
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                await asyncio.to_thread(os.waitid, os.P_PID, server.pid, os.WSTOPPED)
+                items = [Settlement(done, ACK), Settlement(back, RELEASE), Settlement(bad, REJECT)]
+                outcomes = await source.settle(items)
+                assert [o.state for o in outcomes] == [Settled.RETRY, Settled.LOST, Settled.RETRY]
+                assert {o.error.kind for o in outcomes} == {ErrorKind.TIMEOUT}
+                error = await until_it_fails(lambda: source.pull(1, ALL, 0.2))
+                assert (error.kind, error.retryable) == (ErrorKind.TIMEOUT, True)
+                began = time.monotonic()
+                await source.close()
+                assert time.monotonic() - began < 2
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            other = await opened.source(name, consumer)
+            assert [r.data for r, _ in await take(other, 1)] == [b"2"]
+
+        on(bed, body, timeout=1.0)
 
 
 def test_a_consumer_that_is_deleted_meanwhile(bed):

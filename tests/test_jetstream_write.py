@@ -81,6 +81,7 @@ CANNOT = {
     "name with a colon": (Outbound(b"", None, attributes(("a:b", b"x"))), "name"),
     "name with a space": (Outbound(b"", None, attributes(("a b", b"x"))), "name"),
     "name that is not ASCII": (Outbound(b"", None, attributes(("ż", b"x"))), "name"),
+    "header of the key": (Outbound(b"", None, attributes(("Key", b"x"))), "key_header"),
     "rollup": (Outbound(b"", None, attributes(("nats-rollup", b"all"))), "delete"),
     "batch": (Outbound(b"", None, attributes(("Nats-Batch-Id", b"1"))), "batch"),
     "partition": (Outbound(b"", partition=1), "partition 1"),
@@ -208,7 +209,15 @@ def test_somebody_who_answers_on_the_subject(bed):
     async def body(opened):
         async def answer(message):
             await message.respond(b"not JSON")
-            await message.respond(b'{"hello": 1}')
+            for answer in (
+                b"7",
+                b'{"hello": 1}',
+                b'{"error": "no"}',
+                b'{"error": {"code": 400}}',
+                b'{"stream": "s", "seq": "x"}',
+                b"",
+            ):
+                await message.respond(answer)
 
         async def other(connection):
             await connection.subscribe(name, cb=answer)
@@ -262,7 +271,7 @@ def test_a_server_that_is_killed_while_rows_are_sent():
         async def body(opened):
             sender = await opened.sender(name)
             sending = asyncio.ensure_future(sender.send([Outbound(b"%06d" % i, b"key") for i in range(200_000)]))
-            while not (await asyncio.to_thread(bed.state, name))["messages"]:
+            while (await asyncio.to_thread(bed.state, name))["messages"] < 3000:  # so many are not under way at once
                 pass
             server.kill()
             results = await sending

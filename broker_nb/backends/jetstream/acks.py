@@ -32,10 +32,11 @@ def delivery(reply: str) -> Delivery:
 
 
 class Heard(NamedTuple):
-    """The server's answer, or why there is none, and when it came (time.monotonic())."""
+    """The server's answer, or why there is none; when it came (time.monotonic()), and whether anything was said at all."""
 
     answer: Answer | BrokerError
     at: float
+    said: bool
 
 
 async def confirm(wire: Wire, consumer: str, said: Sequence[tuple[str, bytes]], wait: float) -> list[Heard]:
@@ -44,25 +45,26 @@ async def confirm(wire: Wire, consumer: str, said: Sequence[tuple[str, bytes]], 
         return []
     text = f"{consumer}: the server did not confirm in time"
     late = wire.host.error(ErrorKind.TIMEOUT, consumer, text, retryable=True)
-    heard = [Heard(late, 0.0)] * len(said)
+    heard = [Heard(late, 0.0, True)] * len(said)
     waiting = set(range(len(said)))
-    done = asyncio.Event()
+    written, done = False, asyncio.Event()
 
     def take(answer: Answer) -> None:
         i = int(answer.subject)
-        heard[i] = Heard(answer, time.monotonic())
+        heard[i] = Heard(answer, time.monotonic(), True)
         waiting.discard(i)
         if not waiting:
             done.set()
 
     def cut(error: BrokerError) -> None:
         for i in waiting:
-            heard[i] = Heard(error, time.monotonic())
+            heard[i] = Heard(error, time.monotonic(), written)
         done.set()
 
     inbox = wire.inbox(take, cut, PREFIX)
     try:
         await wire.write(message(token, f"{inbox.subject}.{i}", b"", words) for i, (token, words) in enumerate(said))
+        written = True
         async with asyncio.timeout(wait):
             await done.wait()
     except TimeoutError:

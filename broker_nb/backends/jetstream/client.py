@@ -46,6 +46,7 @@ class Answer(NamedTuple):
 
 class Inbox:
     """A subject of ours that the server answers to. `take` and `cut` are called while the connection is read, and must be quick.
+    What `take` raises ends up in `cut`.
 
     Parameters
     ----------
@@ -266,8 +267,13 @@ class Wire(Client):
         if inbox is None:  # the subscription that all questions share
             key, _, subject = subject[self._skip :].partition(b".")
             inbox = self._inboxes.get(key)
-        if inbox is not None:
+        if inbox is None:
+            return
+        try:
             inbox.take(Answer(subject, reply, data, headers))
+        except Exception as error:  # noqa: BLE001 - the client would stop reading, and all would wait for ever
+            text = f"{self.name}: an answer that cannot be understood: {error!r}"
+            inbox.cut(self.host.error(ErrorKind.UNKNOWN, self.name, text))
 
     # -------------------------------------------------------------- out
     def check(self) -> None:
@@ -292,7 +298,7 @@ class Wire(Client):
         if self._flush_queue is not None and self._flush_queue.empty():
             await self._flush_pending()
 
-    async def ask(self, subject: str, payload: bytes = b"", timeout: float | None = None) -> Answer:
+    async def ask(self, subject: str, payload: bytes = b"") -> Answer:
         """One question, one answer.
 
         Raises
@@ -309,10 +315,10 @@ class Wire(Client):
         inbox = self.inbox(done, done, subject)
         try:
             await self.write([message(subject, inbox.subject, b"", payload)])
-            async with asyncio.timeout(timeout or self.timeout):
+            async with asyncio.timeout(self.timeout):
                 answer = await waiting
         except TimeoutError as late:
-            text = f"{self.name} did not answer within {timeout or self.timeout:g} s ({subject})"
+            text = f"{self.name} did not answer within {self.timeout:g} s ({subject})"
             raise self.host.error(ErrorKind.TIMEOUT, self.name, text, retryable=True) from late
         finally:
             await self.forget(inbox)

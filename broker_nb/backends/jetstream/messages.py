@@ -7,6 +7,7 @@ else's hands, and be confirmed. So we keep the time of every delivery, from befo
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import orjson
 
 from broker_nb.backends.driver import Batch, Outcome, Settled, Settlement, Token, Verdict
-from broker_nb.backends.jetstream.acks import confirm, delivery
+from broker_nb.backends.jetstream.acks import Heard, confirm, delivery
 from broker_nb.backends.jetstream.catalogue import leases
 from broker_nb.backends.jetstream.client import Answer, Inbox, Wire, log, message
 from broker_nb.backends.jetstream.codec import JetStreamCodec, Row
@@ -24,6 +25,7 @@ from broker_nb.errors import BrokerError, ErrorKind
 
 _ANSWER_S = 0.1  # how long an answer is waited for, also by a call that may not wait for rows
 _AT_LEAST_S = 0.02  # a request without an end would stay with the server while it may deliver no more
+_CHECK_S = 1.0  # between two questions why nothing comes while rows are held
 _CLOSE_S = 1.5
 _BYTES = 16 << 20  # of one request: a server drops who is too slow for what it sends
 _TIMED_OUT, _NONE, _CONFLICT = 408, 404, 409
@@ -66,6 +68,7 @@ class JetStreamSource:
         self._left = 0  # rows it may still bring
         self._status = 0  # what ended it
         self._said = ""
+        self._checked_at = -math.inf
         self._size_bound = True
         self._error: BrokerError | None = None
         self._news = asyncio.Event()
@@ -181,7 +184,8 @@ class JetStreamSource:
             return
         if self._status == _CONFLICT and "MaxBytes" in self._said:
             self._size_bound = False
-        elif self._status not in (0, _NONE, _TIMED_OUT) or self._held:
+        elif self._status not in (0, _NONE, _TIMED_OUT) or (self._held and time.monotonic() - self._checked_at > _CHECK_S):
+            self._checked_at = time.monotonic()
             await self._check_consumer()
 
     async def _check_consumer(self) -> None:
@@ -207,8 +211,8 @@ class JetStreamSource:
         wait = min(self._wire.timeout, shortest / 2)
         heard = await confirm(self._wire, self.name, [(str(items[i].token), self._words(items[i])) for i in ours], wait)
         outcomes = [Outcome(Settled.LOST)] * len(items)
-        for i, (answer, _) in zip(ours, heard, strict=True):
-            outcomes[i] = self._outcome(answer)
+        for i, one in zip(ours, heard, strict=True):
+            outcomes[i] = self._outcome(items[i].verdict, one)
         for item, outcome in zip(items, outcomes, strict=True):
             if outcome.state is not Settled.RETRY:
                 self._held.pop(item.token, None)
@@ -224,8 +228,11 @@ class JetStreamSource:
         reason = item.reason.encode("utf-8", "replace") if self._wire.version >= REASONS else b""
         return b"+TERM " + reason if reason else b"+TERM"
 
-    def _outcome(self, answer: Answer | BrokerError) -> Outcome:
+    def _outcome(self, verdict: Verdict, heard: Heard) -> Outcome:
+        answer = heard.answer
         if isinstance(answer, BrokerError):
+            if verdict is Verdict.RELEASE and heard.said and answer.retryable:
+                return Outcome(Settled.LOST, answer)  # saying it again might take the row from whoever got it by now
             return Outcome(Settled.RETRY if answer.retryable else Settled.REFUSED, answer)
         if answer.status == 503:  # nobody listens for acks: the consumer is gone, and with it every lease
             return Outcome(Settled.LOST, missing(self._wire.host, self.name, "it was deleted meanwhile"))
@@ -238,7 +245,7 @@ class JetStreamSource:
         ours = [str(token) for token in tokens if self._held.get(token, 0.0) > now]
         heard = await confirm(self._wire, self.name, [(token, b"+WPI") for token in ours], self._wire.timeout)
         kept: dict[Token, float] = {}
-        for token, (answer, at) in zip(ours, heard, strict=True):
+        for token, (answer, at, _) in zip(ours, heard, strict=True):
             until = self._held.pop(token, 0.0)
             if isinstance(answer, BrokerError):
                 kept |= {token: until} if until > time.monotonic() else {}
@@ -285,5 +292,5 @@ class JetStreamSource:
         await self._leave()
         if back:
             heard = await confirm(self._wire, self.name, back, max(0.1, until - time.monotonic()))
-            if late := sum(isinstance(answer, BrokerError) for answer, _ in heard):
+            if late := sum(isinstance(one.answer, BrokerError) for one in heard):
                 log.warning("%s: %d rows come again when their time is up", self.name, late)

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from broker_nb.backends.driver import NO_PARTITION, Outbound, SendResult, Sent
-from broker_nb.backends.jetstream.client import Answer, Wire, fulfilled, message
+from broker_nb.backends.jetstream.client import Answer, Wire, message
 from broker_nb.backends.jetstream.codec import Pair, header_block, header_flaw, value_flaw
 from broker_nb.backends.jetstream.errors import Refusal, failure, missing
 from broker_nb.errors import BrokerError, ErrorKind
@@ -54,6 +56,8 @@ class JetStreamSender:
         for name, content, type_ in attributes:
             if (why := self._attribute_flaw(name, content, type_)) is not None:
                 return why
+            if key is None and name == self._key_header:
+                return f"attribute {name!r} would come back as the key: give it as key, or connect with another key_header"
         block = header_block(self._pairs(row))
         size = len(block) + len(data)
         limit = min(n for n in (self._limit, self._wire.max_payload) if n >= 0)
@@ -102,12 +106,16 @@ class JetStreamSender:
         if self._closed:
             raise self._error(ErrorKind.CLOSED, f"{self._name}: this sender is closed; open a new one")
         self._wire.check()
-        sending = _Sending(self._wire, self._name, self._subject, rows, careful=self._may_fill or _expects(rows))
-        for i, row in enumerate(rows):
-            if (why := self.check(row)) is not None:
-                sending.refuse(i, self._error(ErrorKind.INVALID, f"{self._name}: {why}"))
-        await sending.run(lambda row: header_block(self._pairs(row)))
+        sending = _Sending(self._wire, self._name, self._subject, rows, self._prepare)
+        await sending.run()
         return [r for r in sending.results if r is not None]
+
+    def _prepare(self, row: Outbound) -> tuple[bytes, bool]:
+        """The header block, and whether the stream may refuse the row and take the next one; raises for one that cannot go."""
+        if (why := self.check(row)) is not None:
+            raise self._error(ErrorKind.INVALID, f"{self._name}: {why}")
+        risky = self._may_fill or any(name.startswith("Nats-Expected-") for name, _, _ in row.attributes)
+        return header_block(self._pairs(row)), risky
 
     def _error(self, kind: ErrorKind, text: str) -> BrokerError:
         return self._wire.host.error(kind, self._name, text)
@@ -116,55 +124,67 @@ class JetStreamSender:
         self._closed = True
 
 
-def _expects(rows: Sequence[Outbound]) -> bool:
-    """Whether a row may be refused because of what the stream's last one is."""
-    return any(name.startswith("Nats-Expected-") for row in rows for name, _, _ in row.attributes)
+def _acknowledgement(data: bytes) -> dict[str, Any] | None:
+    """What a stream says about a row; None for what somebody else says, who answers requests on the same subject."""
+    try:
+        told: Any = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(told, dict) or not isinstance(told.get("stream"), str):
+        return None
+    return told if isinstance(told.get("error"), dict) or ("error" not in told and isinstance(told.get("seq"), int)) else None
 
 
 class _Sending:
-    """Rows on their way, and what became of them.
+    """Rows on their way, and what became of them."""
 
-    Parameters
-    ----------
-    careful
-        A row may be refused and the next one taken: no row goes before the fate of the one before it with the same key is known.
-    """
-
-    def __init__(self, wire: Wire, name: str, subject: str, rows: Sequence[Outbound], *, careful: bool) -> None:
-        self._wire, self._name, self._subject, self._rows, self._careful = wire, name, subject, rows, careful
+    def __init__(
+        self,
+        wire: Wire,
+        name: str,
+        subject: str,
+        rows: Sequence[Outbound],
+        prepare: Callable[[Outbound], tuple[bytes, bool]],
+    ) -> None:
+        self._wire, self._name, self._subject, self._rows, self._prepare = wire, name, subject, rows, prepare
         self.results: list[SendResult | None] = [None] * len(rows)
         self._under_way: dict[int, bytes | None] = {}  # row -> its key
         self._bytes = 0
-        self._busy: set[bytes] = set()  # keys under way
+        self._risky: set[bytes] = set()  # keys under way whose next row may only go when the fate of this one is known
         self._broken: set[bytes] = set()  # keys with a row that is not stored
         self._halt: BrokerError | None = None  # why nothing more is tried
         self._news = asyncio.Event()
 
-    async def run(self, headers: Callable[[Outbound], bytes]) -> None:
-        """Send every row that has no result yet, and wait for the last answer."""
+    async def run(self) -> None:
+        """Send every row, and wait for the last answer."""
         inbox = self._wire.inbox(self._take, self._cut, self._subject)
         try:
             commands: list[bytes] = []
             for i, row in enumerate(self._rows):
-                key = row.key
-                while self._halt is None and (
-                    len(self._under_way) >= _ROWS
-                    or self._bytes >= _BYTES
-                    or (self._careful and key is not None and key in self._busy)
-                ):
+                if not i % _ROWS:
+                    await asyncio.sleep(0)  # the loop is everybody's
+                while len(self._under_way) >= _ROWS or self._bytes >= _BYTES or row.key in self._risky:
                     await self._go(commands)
                     await self._progress()
-                if self.results[i] is None and not self._held_back(i, key):
-                    self._under_way[i] = key
-                    self._bytes += len(row.data or b"")
-                    if key is not None:
-                        self._busy.add(key)
-                    commands.append(message(self._subject, f"{inbox.subject}.{i}", headers(row), row.data or b""))
+                if not self._held_back(i, row.key):
+                    self._add(i, row, inbox.subject, commands)
             await self._go(commands)
             while self._under_way:
                 await self._progress()
         finally:
             await self._wire.forget(inbox)
+
+    def _add(self, i: int, row: Outbound, inbox: str, commands: list[bytes]) -> None:
+        try:
+            headers, risky = self._prepare(row)
+        except BrokerError as error:
+            self._refuse(i, error)
+            return
+        self._under_way[i] = row.key
+        self._bytes += len(row.data or b"")
+        if risky and row.key is not None:
+            self._risky.add(row.key)
+        commands.append(message(self._subject, f"{inbox}.{i}", headers, row.data or b""))
 
     async def _go(self, commands: list[bytes]) -> None:
         some, commands[:] = list(commands), []
@@ -195,7 +215,7 @@ class _Sending:
         return self.results[i] is not None
 
     # -------------------------------------------------------------- results
-    def refuse(self, i: int, error: BrokerError, state: Sent = Sent.REFUSED) -> None:
+    def _refuse(self, i: int, error: BrokerError, state: Sent = Sent.REFUSED) -> None:
         """Row i is not stored, or nobody knows."""
         self.results[i] = SendResult(state, error=error)
         if (key := self._rows[i].key) is not None:
@@ -207,21 +227,18 @@ class _Sending:
             return
         if answer.status == 503:
             self._halt = missing(self._wire.host, self._name, "no stream holds the subject any more")
-            self.refuse(i, self._halt)
+            self._refuse(i, self._halt)
+        elif (told := _acknowledgement(answer.data)) is None:
+            return
+        elif "error" in told:
+            self._refuse(i, failure(self._wire.host, self._name, Refusal(told["error"])))
         else:
-            try:
-                told = fulfilled(answer.data)
-            except Refusal as refusal:
-                self.refuse(i, failure(self._wire.host, self._name, refusal))
-            else:
-                if "seq" not in told:  # somebody else answers requests on this subject
-                    return
-                sequence = int(told["seq"])
-                state = Sent.DUPLICATE if told.get("duplicate") else Sent.ACCEPTED
-                self.results[i] = SendResult(state, str(sequence), 0, (sequence,))
+            sequence = int(told["seq"])
+            state = Sent.DUPLICATE if told.get("duplicate") else Sent.ACCEPTED
+            self.results[i] = SendResult(state, str(sequence), 0, (sequence,))
         self._bytes -= len(self._rows[i].data or b"")
         if (key := self._under_way.pop(i)) is not None:
-            self._busy.discard(key)
+            self._risky.discard(key)
         self._news.set()
 
     def _cut(self, error: BrokerError) -> None:
@@ -229,8 +246,8 @@ class _Sending:
         self._halt = error
         state = Sent.REFUSED if error.kind is ErrorKind.PERMISSION else Sent.UNKNOWN
         for i in self._under_way:
-            self.refuse(i, error, state)
+            self._refuse(i, error, state)
         self._under_way.clear()
         self._bytes = 0
-        self._busy.clear()
+        self._risky.clear()
         self._news.set()
