@@ -214,7 +214,7 @@ def of_what() -> str:
         f"Apache Kafka {locked('kafka')['version']} with confluent-kafka {importlib.metadata.version('confluent-kafka')}",
         f"nats-server {locked('nats')['go'].partition('@v')[2]} with nats-py {importlib.metadata.version('nats-py')}",
     ]
-    return f"From a run of `make test` at {git('log', '-1', '--format=%h of %cs', *code)}{changed}, against\n{' and '.join(against)}."
+    return f"From a run of these suites at {git('log', '-1', '--format=%h of %cs', *code)}{changed}, against\n{' and '.join(against)}."
 
 
 def count(cases: Mapping[str, Mapping[str, str]]) -> str:
