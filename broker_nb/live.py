@@ -12,6 +12,9 @@ from broker_nb.session import Duration, Session, effect
 from broker_nb.widgets import feeds
 from broker_nb.widgets.model import LiveModel, view_name
 
+MAX_HELD = 1000
+"""What a subscription is opened for at least: others of this session may take from it too."""
+
 
 async def live(
     self: Session,
@@ -71,7 +74,9 @@ async def live(
     else:
         key = (topic, subscription)
         fresh = key not in self.client.subscriptions
-        opened = await self.client.subscribe(*key, hold=seconds, start=start, create=create, join=join)
+        opened = await self.client.subscribe(
+            *key, hold=seconds, start=start, create=create, join=join, max_held=max(MAX_HELD, max_held)
+        )
         if isinstance(opened, MessageSubscription):
             feed = feeds.MessageFeed(self.client, key, self.holder(opened), opened, fresh=fresh)
         else:

@@ -7,6 +7,7 @@ import time
 import uuid
 
 import pytest
+from kafka_bed import Bed
 
 import broker_nb
 from broker_nb import connection
@@ -14,6 +15,7 @@ from broker_nb.backends.driver import Event, Family, Outbound
 from broker_nb.backends.inmem.broker import InmemBroker
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.portable.loop import shared_loop
+from broker_nb.widgets import feeds
 from broker_nb.widgets import model as live_model
 from broker_nb.widgets.rows import fields, preview
 from broker_nb.widgets.view import LiveView
@@ -22,6 +24,11 @@ from broker_nb.widgets.view import LiveView
 @pytest.fixture
 def broker():
     return InmemBroker.get(uuid.uuid4().hex)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(feeds, "PULL_S", 0.05)  # closing waits for a pull to end
 
 
 @pytest.fixture
@@ -439,6 +446,30 @@ def test_a_commit_that_fails_and_is_tried_again(conn, broker):
     assert page.in_state("committed") == []
     assert page.ask("commit", [3])["ok"]
     until(lambda: len(page.in_state("committed")) == 3)
+
+
+def test_kafka_is_followed_without_effect_and_committed_up_to_a_row(kafka_url):
+    bed = Bed(kafka_url)
+    topic, group = bed.topic(partitions=2), f"g-{uuid.uuid4().hex[:8]}"
+    bed.put(topic, b"old")
+    with broker_nb.connect(kafka_url) as conn:
+        before = bed.snapshot()
+        tail = Page(opened(conn, topic))
+        until(lambda: tail.messages and tail.last["health"]["level"] == "ok")
+        assert bed.snapshot() == before
+        bed.put(topic, *(b"new %d" % n for n in range(10)))
+        until(lambda: len(tail.in_state("seen")) == 10)
+        assert {row[8] for row in tail.rows.values()} == {f"new {n}" for n in range(10)}
+        group_view = Page(opened(conn, topic, group))
+        until(lambda: len(group_view.in_state("read")) == 11, 20)
+        row = next(n for n, row in group_view.rows.items() if row[8] == "new 3")
+        assert group_view.ask("commit", [row])["ok"]
+        until(lambda: len(group_view.in_state("committed")) == 5)
+        (line,) = [each for each in shared_loop().run(conn._session.client.backlog(topic, group)) if each.partition == 0]
+        assert line.committed == (5,)
+        close(group_view.model)
+        again = conn.consume(topic, group, n=6)  # what was not committed is there again
+        assert [bytes(data) for data in again["data"]] == [b"new %d" % n for n in range(4, 10)]
 
 
 # ------------------------------------------------------------------ a tail

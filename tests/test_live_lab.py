@@ -245,6 +245,56 @@ broker.create_topic(hostile[1])
     assert page.page.evaluate("window.__pwned === undefined")
 
 
+BODIES = [
+    rb'{"id":9007199254740993,"id":2,"price":1.10,"deep":{"empty":[],"text":"a \" b","none":null}}',
+    b"\x00\xff\xfe",
+    None,
+    b"",
+    b'{"cut":',
+    b"line 1\nline 2",
+]
+PRETTY = r"""{
+  "id": 9007199254740993,
+  "id": 2,
+  "price": 1.10,
+  "deep": {
+    "empty": [],
+    "text": "a \" b",
+    "none": null
+  }
+}"""
+
+
+def test_one_message_whole(notebook):
+    setup = f"""
+for n, body in enumerate({BODIES!r}):
+    broker.publish("orders", [Outbound(body, b"\\xffkey" if n else b"key", [("trace", b"1", "str"), ("trace", None, "")])])
+"""
+    page = notebook(SETUP.replace("\nfill()\n", "\n") + setup, "%broker live orders --subscription s")
+    ran(page, 0)
+    ran(page, 1)
+    view = View(page.page)
+    view.held(6)
+    details = view.root.locator(".bnb-details")
+
+    def shown(n):
+        view.rows("held").nth(n).locator(".bnb-preview").click()
+        view.until(lambda: details.locator(".bnb-details-title").inner_text() == f"0@{n}")
+        return details.locator(".bnb-data").inner_text()
+
+    assert shown(0) == PRETTY
+    assert details.locator(".bnb-meta").inner_text().split()[-6:] == ["key", "key", "trace", "1", "trace", "null"]
+    assert shown(1).startswith("000000  00 ff fe")
+    assert "\\xffkey" in details.locator(".bnb-meta").inner_text()
+    assert shown(2) == "null"
+    assert shown(3) == "empty"
+    assert shown(4) == '{"cut":'
+    assert "begins like JSON and is none" in details.inner_text()
+    assert shown(5) == "line 1\nline 2"
+    page.page.keyboard.press("Escape")
+    view.until(lambda: not details.is_visible())
+
+
 def test_the_kernel_is_restarted_under_a_view(notebook):
     page = notebook(SETUP, "%broker live orders --subscription s")
     ran(page, 0)

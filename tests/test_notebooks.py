@@ -61,6 +61,9 @@ def test_the_quickstart_shows_what_the_first_five_minutes_promise():
     expect(shown, "ack", r"ack orders/debug \| 95 acked \| 5 still held")
     expect(shown, "nack", r"nack orders/debug \| 5 back in 30 s")
     expect(shown, "again", r"0 acked, 5 already settled \(nack won at ")
+    expect(
+        shown, "live", r"live payments/night \| opened [\d:]+ UTC\nlive payments/night \| closed [\d:]+ UTC \| 0 seen, 0 held$"
+    )
     expect(shown, "dry", r"DRY RUN \| 5 messages, .* \| nothing sent")
     expect(shown, "publish", r"(?s)5 accepted.*accepted")
     expect(shown, "refused", r"publish: 5 rows: value_reason differs from data")

@@ -40,6 +40,9 @@ class LiveWidget(anywidget.AnyWidget):
         self._model = model
         self.on_msg(self._heard)
 
+    def __repr__(self) -> str:
+        return one_line(f"(the live view of {self._model.name}: it needs its kernel)")  # shown where no page can draw it
+
     def _heard(self, widget: object, content: object, buffers: object) -> None:
         """On a thread of the kernel's choice, so only handed over."""
         del widget, buffers
