@@ -97,9 +97,9 @@ class Bed:
     def streams(self):
         return set(self.api("STREAM.NAMES").get("streams") or ())
 
-    def snapshot(self):
-        """Streams and consumers as the server knows them, but for the time of asking."""
-        streams = self.api("STREAM.LIST").get("streams") or []
+    def snapshot(self, *names):
+        """Streams (those of other tests too, unless named) and consumers as the server knows them, but for the time of asking."""
+        streams = [self.api(f"STREAM.INFO.{name}") for name in names] or self.api("STREAM.LIST").get("streams") or []
         consumers = {s["config"]["name"]: self.api(f"CONSUMER.LIST.{s['config']['name']}")["consumers"] for s in streams}
         return steady(streams), steady(consumers)
 

@@ -171,10 +171,10 @@ def test_a_queue_is_looked_at_without_effect(bed, allow_direct, retention):
     async def body(opened):
         source = await opened.source(name, consumer)
         assert len((await source.pull(3, ALL, 0.2)).rows) == 3
-        before = await asyncio.to_thread(bed.snapshot)
+        before = await asyncio.to_thread(bed.snapshot, name)
         found, _ = await opened.look(name)
         assert len(found) == 10
-        assert await asyncio.to_thread(bed.snapshot) == before
+        assert await asyncio.to_thread(bed.snapshot, name) == before
 
     on(bed, body)
 

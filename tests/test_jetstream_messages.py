@@ -336,7 +336,7 @@ FOREIGN = {
 def test_consumers_of_another_kind(bed, what):
     name = bed.stream()
     consumer = bed.consumer(name, **FOREIGN[what])
-    before = bed.snapshot()
+    before = bed.snapshot(name)
 
     async def body(opened):
         assert await refused(opened.source(name, consumer, create=True), consumer, what) is ErrorKind.UNSUPPORTED
@@ -344,7 +344,7 @@ def test_consumers_of_another_kind(bed, what):
         assert await refused(facts, consumer, what) is ErrorKind.UNSUPPORTED
 
     on(bed, body)
-    assert bed.snapshot() == before
+    assert bed.snapshot(name) == before
 
 
 def test_an_ephemeral_consumer(bed):

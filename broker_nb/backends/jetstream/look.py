@@ -165,8 +165,9 @@ class JetStreamBrowser:
             self._news.set()
 
     def _cut(self, error: BrokerError | Refusal) -> None:
-        self._error, self._asked_at = error, None
-        self._news.set()
+        if self._asked_at is not None:
+            self._error, self._asked_at = error, None
+            self._news.set()
 
     # -------------------------------------------------------------- reading
     async def read(self, max_rows: int, max_bytes: int, wait: float) -> Step:

@@ -105,8 +105,9 @@ class JetStreamSource:
         self._news.set()
 
     def _cut(self, error: BrokerError) -> None:
-        self._error = error
-        self._end(0, "")
+        if self._asked_at is not None:
+            self._error = error
+            self._end(0, "")
 
     # -------------------------------------------------------------- pulling
     async def pull(self, max_rows: int, max_bytes: int, wait: float) -> Batch | None:
