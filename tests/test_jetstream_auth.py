@@ -163,6 +163,9 @@ def test_options():
         ({"error_cb": print}, "error_cb"),
         ({"ping_interval": "often"}, "ping_interval"),
         ({"domain": "a.b"}, "a.b"),
+        ({"domain": "a", "prefix": "b.API"}, "b.API"),
+        ({"prefix": "a b"}, "a b"),
+        ({"prefix": "a.>"}, "a.>"),
     ):
         error = refusal("nats://127.0.0.1:1", **settings)
         assert (error.kind, word in str(error)) == (ErrorKind.INVALID, True)
@@ -225,7 +228,7 @@ def test_a_domain(tmp_path, config):
             assert until - time.monotonic() > 25
             assert (await source.settle([Settlement(token, Verdict.ACK)]))[0].state is Settled.CONFIRMED
 
-        on(bed, body, domain="hub")
+        on(bed, body, **({"prefix": "$JS.hub.API"} if config else {"domain": "hub"}))
         assert bed.state(name)["messages"] == 0
         error = refusal(server.url, domain="elsewhere")
         assert (error.kind, "domain" in str(error)) == (ErrorKind.UNSUPPORTED, True)

@@ -8,7 +8,7 @@ from nats_bed import ALL, Bed, on, read, until_it_fails
 
 from broker_nb.backends.driver import COLUMNS, Entity, Kind, Piece, Stop
 from broker_nb.backends.jetstream.client import Answer
-from broker_nb.backends.jetstream.look import _Single
+from broker_nb.backends.jetstream.look import _Direct, _Single
 from broker_nb.backends.jetstream.names import Place
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.testing.servers import OwnServer
@@ -303,6 +303,24 @@ def test_following(bed, allow_direct):
         return seen
 
     assert on(bed, body) == [b"1", b"2"]
+
+
+def test_a_replica_that_has_not_got_it_yet(bed, monkeypatch):
+    """Any server that has the stream may answer, also one that is behind: the leader is asked before a range counts as read."""
+    name = bed.stream()
+    bed.put(name, *[b"%d" % i for i in range(10)])
+    rows, answered = _Direct.rows, []
+
+    def behind(way, answer):
+        answered.append(answer)
+        found = rows(way, answer)
+        return [row for row in found if row.sequence <= 4]
+
+    monkeypatch.setattr(_Direct, "rows", behind)
+    found, steps = on(bed, lambda opened: opened.look(name, rows=5))
+    assert answered
+    assert [r.position[0] for r in found] == list(range(1, 11))
+    assert (steps[-1].reached, steps[-1].stopped) == ({0: (11,)}, {})
 
 
 def test_a_stream_that_is_deleted_or_changed_in_the_middle(bed):

@@ -292,6 +292,7 @@ class Wire(Client):
             size += len(command)
             if size > CHUNK:
                 await self._send_command(b"".join(some))
+                await asyncio.sleep(0)  # the loop is everybody's
                 some, size = [], 0
         if some:
             await self._send_command(b"".join(some))

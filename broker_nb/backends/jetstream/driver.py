@@ -36,7 +36,8 @@ from broker_nb.errors import ErrorKind
 class JetStreamDriver:
     """One connection to NATS with JetStream. Profile: `hosts`, `timeout` (s), `username`, and `options` by the client's names.
 
-    Options of ours: `key_header`, the header that holds a message's key ("Key"; "" = the subject is the key), and `domain`.
+    Options of ours: `key_header`, the header that holds a message's key ("Key"; "" = the subject is the key); JetStream's `domain` or
+    `prefix`.
     A topic is a stream (all its subjects) or a subject, wildcards included; `stream:` or `subject:` before the name decides.
     """
 

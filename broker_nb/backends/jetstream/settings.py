@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from broker_nb.backends.driver import Host
+from broker_nb.backends.jetstream.names import is_subject
 from broker_nb.errors import ErrorKind
 
 _TLS = ("tls", "tls_ca", "tls_cert", "tls_key", "tls_hostname", "tls_handshake_first")
-_OURS = {"key_header": "Key", "domain": ""}
+_OURS = {"key_header": "Key", "domain": "", "prefix": ""}  # the last two are of the client's JetStream
 _PASSED: dict[str, type] = {  # of Client.connect: the name, and what text in a URL means
     "user": str,
     "password": str,
@@ -80,10 +81,13 @@ def read_settings(profile: Mapping[str, Any], host: Host) -> Settings:
     tls = any(options.get(name) for name in _TLS)
     if context := _context(host, options):
         client["tls"] = context
-    domain = str(options.get("domain", _OURS["domain"]))
-    if any(c in domain for c in " .*>\t\r\n"):
-        raise host.error(ErrorKind.INVALID, "nats", f"nats: {domain!r} cannot be a JetStream domain")
-    api = f"$JS.{domain}.API" if domain else "$JS.API"
+    domain, prefix = str(options.get("domain") or ""), str(options.get("prefix") or "")
+    api = prefix or (f"$JS.{domain}.API" if domain else "$JS.API")
+    if not is_subject(api, wildcards=False) or "." in domain or (domain and prefix):
+        given = f"domain={domain!r}, prefix={prefix!r}"
+        raise host.error(
+            ErrorKind.INVALID, "nats", f"nats: {given}: give one of them, as a word or as a subject without wildcards"
+        )
     return Settings(servers, timeout, client, tls, str(options.get("key_header", _OURS["key_header"]) or ""), api)
 
 
