@@ -165,6 +165,7 @@ def test_options():
         ({"domain": "a.b"}, "a.b"),
         ({"domain": "a", "prefix": "b.API"}, "b.API"),
         ({"prefix": "a b"}, "a b"),
+        ({"key_header": "a: b"}, "a: b"),
         ({"prefix": "a.>"}, "a.>"),
     ):
         error = refusal("nats://127.0.0.1:1", **settings)

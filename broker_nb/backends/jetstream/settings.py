@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from broker_nb.backends.driver import Host
+from broker_nb.backends.jetstream.codec import header_flaw
 from broker_nb.backends.jetstream.names import is_subject
 from broker_nb.errors import ErrorKind
 
@@ -81,6 +82,9 @@ def read_settings(profile: Mapping[str, Any], host: Host) -> Settings:
     tls = any(options.get(name) for name in _TLS)
     if context := _context(host, options):
         client["tls"] = context
+    key_header = str(options.get("key_header", _OURS["key_header"]) or "")
+    if key_header and (flaw := header_flaw(key_header)):
+        raise host.error(ErrorKind.INVALID, "nats", f"nats: key_header={key_header!r} {flaw}")
     domain, prefix = str(options.get("domain") or ""), str(options.get("prefix") or "")
     api = prefix or (f"$JS.{domain}.API" if domain else "$JS.API")
     if not is_subject(api, wildcards=False) or "." in domain or (domain and prefix):
@@ -88,7 +92,7 @@ def read_settings(profile: Mapping[str, Any], host: Host) -> Settings:
         raise host.error(
             ErrorKind.INVALID, "nats", f"nats: {given}: give one of them, as a word or as a subject without wildcards"
         )
-    return Settings(servers, timeout, client, tls, str(options.get("key_header", _OURS["key_header"]) or ""), api)
+    return Settings(servers, timeout, client, tls, key_header, api)
 
 
 def _typed(host: Host, name: str, value: Any) -> Any:

@@ -33,15 +33,18 @@ class JetStreamSender:
 
     def __init__(self, wire: Wire, name: str, subject: str, config: Mapping[str, Any], key_header: str) -> None:
         self._wire, self._name, self._subject, self._key_header = wire, name, subject, key_header
-        self._stream = str(config["name"])
         self._limit = int(config.get("max_msg_size", -1))
         # A stream that is full refuses one row and may take the next: then rows of one key go one after the other.
         full = any(int(config.get(n, -1)) > 0 for n in ("max_msgs", "max_bytes", "max_msgs_per_subject"))
         self._may_fill = full and config.get("discard") == "new"
+        self._names: dict[str, str] = {}  # of attributes -> their flaw: the same few in every row
         self._closed = False
 
     # -------------------------------------------------------------- checking
     def check(self, row: Outbound) -> str | None:
+        return self._flaw(row) or self._size_flaw(header_block(self._pairs(row)), row.data or b"")
+
+    def _flaw(self, row: Outbound) -> str | None:
         data, key, attributes, partition, time_ns, _, native = row
         if type(data) is not bytes:
             return 'data must be bytes: NATS has no null body; make it b"", or leave the row out'
@@ -58,13 +61,16 @@ class JetStreamSender:
                 return why
             if key is None and name == self._key_header:
                 return f"attribute {name!r} would come back as the key: give it as key, or connect with another key_header"
-        block = header_block(self._pairs(row))
-        size = len(block) + len(data)
-        limit = min(n for n in (self._limit, self._wire.max_payload) if n >= 0)
-        if size > limit:
-            what = "max_msg_size" if limit == self._limit else "the server's max_payload"
-            return f"{size} bytes are too large: {self._name} takes messages up to {limit} bytes with their headers ({what})"
         return None
+
+    def _size_flaw(self, block: bytes, data: bytes) -> str | None:
+        size, limit = len(block) + len(data), self._wire.max_payload
+        if 0 <= self._limit < limit:
+            limit = self._limit
+        if size <= limit:
+            return None
+        what = "max_msg_size" if limit == self._limit else "the server's max_payload"
+        return f"{size} bytes are too large: {self._name} takes messages up to {limit} bytes with their headers ({what})"
 
     def _key_flaw(self, key: bytes | None) -> str | None:
         if key is None:
@@ -82,17 +88,23 @@ class JetStreamSender:
             return f"attribute {name!r} is of type {type_}; NATS headers are text: make it a str first"
         if content is None:
             return f"attribute {name!r} is null, which a NATS header cannot be; leave it out or make it empty"
-        if flaw := header_flaw(name):
+        if (flaw := self._names.get(name)) is None:
+            flaw = self._names[name] = self._name_flaw(name)
+            if len(self._names) > 1000:
+                self._names.clear()
+        if flaw or (flaw := value_flaw(content)):
             return f"attribute {name!r} {flaw}"
-        if flaw := value_flaw(content):
-            return f"attribute {name!r} {flaw}"
+        return None
+
+    def _name_flaw(self, name: str) -> str:
+        """Why there can be no header of that name; "" when there can."""
         low = name.lower()
         if why := _FORBIDDEN.get(low):
-            return f"attribute {name!r} is not sent, because {why}; drop it"
+            return f"is not sent, because {why}; drop it"
         since = _SINCE.get(low)
         if since is not None and self._wire.version < since[0]:
-            return f"attribute {name!r} needs nats-server {since[1]}; this is {self._wire.server_version}, which would ignore it"
-        return None
+            return f"needs nats-server {since[1]}; this is {self._wire.server_version}, which would ignore it"
+        return header_flaw(name)
 
     def _pairs(self, row: Outbound) -> list[Pair]:
         pairs: list[Pair] = [(self._key_header, row.key)] if row.key is not None and self._key_header else []
@@ -112,10 +124,11 @@ class JetStreamSender:
 
     def _prepare(self, row: Outbound) -> tuple[bytes, bool]:
         """The header block, and whether the stream may refuse the row and take the next one; raises for one that cannot go."""
-        if (why := self.check(row)) is not None:
+        why = self._flaw(row)
+        block = b"" if why else header_block(self._pairs(row))
+        if (why := why or self._size_flaw(block, row.data or b"")) is not None:
             raise self._error(ErrorKind.INVALID, f"{self._name}: {why}")
-        risky = self._may_fill or any(name.startswith("Nats-Expected-") for name, _, _ in row.attributes)
-        return header_block(self._pairs(row)), risky
+        return block, self._may_fill or b"\r\nNats-Expected-" in block
 
     def _error(self, kind: ErrorKind, text: str) -> BrokerError:
         return self._wire.host.error(kind, self._name, text)
