@@ -63,14 +63,12 @@ def test_a_pull_does_not_wait_to_fill_up(bed):
         await asyncio.to_thread(bed.put, name, *[b"%d" % i for i in range(10)])
         began = time.monotonic()
         batch = await source.pull(20, ALL, 0.2)
-        assert time.monotonic() - began < 0.1
-        assert (len(batch.rows), disagreements(batch.codec, batch.rows)) == (10, [])
-        waiting = asyncio.ensure_future(source.pull(20, ALL, 0.2))
-        await asyncio.sleep(0.02)
-        began = time.monotonic()
-        await asyncio.to_thread(bed.put, name, b"late")
-        assert [r.data for r in (await waiting).rows] == [b"late"]
         assert time.monotonic() - began < 0.15
+        assert (len(batch.rows), disagreements(batch.codec, batch.rows)) == (10, [])
+        waiting = asyncio.ensure_future(take(source, 1))
+        await asyncio.sleep(0.02)
+        await asyncio.to_thread(bed.put, name, b"late")
+        assert [r.data for r, _ in await waiting] == [b"late"]
 
     on(bed, body)
 
@@ -102,7 +100,7 @@ def test_full_max_ack_pending(bed):
 
 def test_a_lease_that_ran_out_is_lost_and_the_new_delivery_untouched(bed):
     name = bed.stream()
-    consumer = bed.consumer(name, ack_wait=500_000_000)
+    consumer = bed.consumer(name, ack_wait=1_000_000_000)
     bed.put(name, b"slow", b"other")
 
     async def body(opened):
@@ -110,7 +108,7 @@ def test_a_lease_that_ran_out_is_lost_and_the_new_delivery_untouched(bed):
         (slow, token), (_, second) = await take(source, 2)
         began = time.monotonic()
         found = await take(other, 2)  # when their time is up
-        assert 0.4 < time.monotonic() - began < 2
+        assert 0.9 < time.monotonic() - began < 5
         assert {(r.id, r.delivery_count) for r, _ in found} == {(slow.id, 2), ("2", 2)}
         for verdict in (ACK, RELEASE, REJECT):
             assert await settle(source, verdict, token, second) == [Settled.LOST, Settled.LOST]
@@ -123,19 +121,19 @@ def test_a_lease_that_ran_out_is_lost_and_the_new_delivery_untouched(bed):
 
 
 def test_extending(bed):
-    """Half a second three times over; only what was extended stays."""
+    """A second twice over; only what was extended stays."""
     name = bed.stream()
-    consumer = bed.consumer(name, ack_wait=500_000_000)
+    consumer = bed.consumer(name, ack_wait=1_000_000_000)
     bed.put(name, b"kept", b"left")
 
     async def body(opened):
         source = await opened.source(name, consumer)
         (_, kept), (_, left) = await take(source, 2)
         for _ in range(5):
-            await asyncio.sleep(0.25)
-            (until,) = await source.extend([kept], 0.5)
-            assert 0.3 < until - time.monotonic() <= 0.5
-        assert await source.extend([left, "never"], 0.5) == [None, None]
+            await asyncio.sleep(0.4)
+            (until,) = await source.extend([kept], 1.0)
+            assert 0.5 < until - time.monotonic() <= 1.0
+        assert await source.extend([left, "never"], 1.0) == [None, None]
         assert await settle(source, ACK, kept, left) == [Settled.CONFIRMED, Settled.LOST]
         return [(r.data, r.delivery_count) for r, _ in await take(source, 1)]
 
@@ -183,9 +181,9 @@ def test_settling(bed):
         assert await settle(source, REJECT, tokens[4]) == [Settled.CONFIRMED]
         began = time.monotonic()
         (now,) = await take(source, 1)
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < 0.4
         (later,) = await take(source, 1)
-        assert 0.4 < time.monotonic() - began < 1.5
+        assert 0.4 < time.monotonic() - began < 5
         assert [(r.data, r.delivery_count) for r, _ in (now, later)] == [(b"1", 2), (b"2", 2)]
         assert await settle(source, ACK, now[1], later[1]) == [Settled.CONFIRMED] * 2
         assert [json.loads(a.data).get("reason") for a in advisories] == ["no such order", None]
@@ -241,7 +239,7 @@ def test_a_server_that_does_not_answer():
     with OwnServer("nats") as server:
         bed = Bed(server.url)
         name = bed.stream()
-        consumer = bed.consumer(name, ack_wait=4_000_000_000)
+        consumer = bed.consumer(name, ack_wait=20_000_000_000)
         bed.put(name, b"1", b"2", b"3")
 
         async def body(opened):
