@@ -265,6 +265,25 @@ def test_a_server_that_does_not_answer():
         on(bed, body, timeout=1.0)
 
 
+def test_a_row_that_comes_too_late(bed):
+    """For a pull that was given up: it goes back at once, and not when its lease of half a minute is over."""
+    name = bed.stream()
+    consumer = bed.consumer(name)
+
+    async def body(opened):
+        source = await opened.source(name, consumer)
+        pulling = asyncio.ensure_future(source.pull(1, ALL, 0.2))
+        await asyncio.sleep(0.02)
+        assert source.waits
+        opened.driver._wire._inboxes.pop(source._inbox.key)  # as if it was not answered in time, and the server did not hear yet
+        await asyncio.to_thread(bed.put, name, b"late")
+        assert await pulling is None
+        other = await opened.source(name, consumer)
+        assert [(r.data, r.delivery_count > 1) for r, _ in await take(other, 1, 5)] == [(b"late", True)]
+
+    on(bed, body)
+
+
 def test_a_consumer_that_is_deleted_meanwhile(bed):
     name = bed.stream()
     consumer = bed.consumer(name)

@@ -268,6 +268,10 @@ class Wire(Client):
             key, _, subject = subject[self._skip :].partition(b".")
             inbox = self._inboxes.get(key)
         if inbox is None:
+            if (
+                reply.startswith(b"$JS.ACK.") and self.is_connected and not self.ended
+            ):  # for a request that was given up: to whoever comes next
+                await self.write([message(reply.decode(), "", b"", b"-NAK")])
             return
         try:
             inbox.take(Answer(subject, reply, data, headers))
