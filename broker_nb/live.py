@@ -57,9 +57,9 @@ async def live(
         raise BrokerError(ErrorKind.INVALID, "max_held", f"max_held={max_held}: hold at least 1 message")
     name = view_name(topic, subscription)
     known = self.views.get(name)
-    if known is not None and known.failed:
-        await known.close()
-    elif known is not None and known.is_open:
+    if known is not None and (known.failed or not known.is_open):
+        await known.close()  # to its end, so that what it held is there again
+    elif known is not None:
         if known.columns != columns:
             text = f"live {name} is open with columns {list(known.columns)}; view.close() it first"
             raise BrokerError(ErrorKind.CONFLICT, name, text)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Subscription = MessageSubscription | RecordSubscription
 
 LOOK_COLUMNS = COLUMNS
+FINAL = "; say final=True if that is meant"
 _LEASE = re.compile(r"([0-9a-f]{4})-(\d+)")
 _DONE = {"ack": "acked", "nack": "nacked", "release": "released", "reject": "rejected"}
 
@@ -132,7 +133,7 @@ def guard_last_delivery(verb: str, named: Named) -> None:
         if last:
             text = (
                 f"{verb} {subscription.name}: {len(last)} of {len(serials)} rows are at delivery {terms.max_deliveries} of "
-                f"{terms.max_deliveries}: giving them back dead-letters or drops them; say final=True if that is meant"
+                f"{terms.max_deliveries}: giving them back dead-letters or drops them{FINAL}"
             )
             raise BrokerError(ErrorKind.CONFLICT, subscription.name, text)
 

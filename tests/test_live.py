@@ -179,6 +179,7 @@ def test_every_button(conn, broker):
     assert page.ask("nack", [3], delay=60)["ok"]
     assert page.ask("nack", [4])["ok"]
     assert page.ask("release", [5])["ok"]
+    assert page.messages[0][1]["dead"] == "dead"
     assert [page.states[n] for n in range(1, 7)] == ["acked", "rejected", "nacked", "nacked", "released", "held"]
     assert len(broker.topic("dead").logs[0].rows) == 1
     until(lambda: len(page.in_state("held")) == 3)  # two came again at once, as new rows
@@ -261,7 +262,7 @@ def test_the_last_delivery_asks_first(conn, broker):
     page = Page(opened(conn, "orders", "s"))
     until(lambda: page.in_state("held"))
     answer = page.ask("nack", [1])
-    assert "are at delivery 1 of 1" in answer["question"]
+    assert answer["question"].endswith("are at delivery 1 of 1: giving them back dead-letters or drops them")
     until(lambda: page.states[1] == "held")
     assert page.ask("nack", [1], final=True)["ok"]
     assert len(broker.topic("dead").logs[0].rows) == 1
@@ -277,6 +278,18 @@ def test_a_broker_that_refuses_keeps_the_row(conn, broker):
     assert answer["text"] == "ack: 1 of 1 not done: orders: not allowed to settle"
     assert (page.states[1], model.rows.get(1).why) == ("held", "orders: not allowed to settle")
     assert page.ask("ack", [1])["ok"]
+
+
+def test_rejecting_without_dead_letters_says_so(conn, broker):
+    fill(broker, 1)
+    page = Page(opened(conn, "orders", "s"))
+    until(lambda: page.in_state("held"))
+    assert page.messages[0][1]["dead"] == ""
+    assert (
+        page.ask("reject", [1])["text"]
+        == "reject: 1 of 1 not done: orders/s: orders has no dead-letter topic to reject to; release the row, or ack it"
+    )
+    assert page.states[1] == "held"
 
 
 @pytest.mark.parametrize(
@@ -428,7 +441,7 @@ def test_a_log_has_one_button(conn, broker):
     page = Page(opened(conn, "orders", "group"))
     until(lambda: len(page.in_state("read")) == 10)
     assert page.messages[0][1]["actions"] == ["commit"]
-    assert page.ask("commit", [4])["ok"]
+    assert page.ask("commit", [4])["done"] == 4
     until(lambda: len(page.in_state("committed")) == 4)
     assert backlog(conn, "group").committed == (4,)
     assert not page.ask("ack", [5])["ok"]

@@ -16,6 +16,7 @@ from broker_nb.portable.tail import Tail
 
 PULL_ROWS, PULL_BYTES = 500, 16 << 20
 PULL_S, AGE_S = 0.5, 0.05
+_FAILED = {"refused": "the broker refused it", "retry": "not settled, try again"}
 _DONE = {"ack": "acked", "nack": "nacked", "release": "released", "reject": "rejected"}
 
 
@@ -36,6 +37,7 @@ class Feed(Protocol):
     holder: str
     lease_s: float | None  # how long the broker waits for a session that is gone
     most: int | None  # deliveries, after which a row is dead-lettered or dropped
+    dead: str  # where rejected rows go; "" = nowhere that is known
 
     async def take(self, room: int) -> list[Arrived]:
         """Up to `room` rows; after half a second with what came."""
@@ -69,6 +71,7 @@ class TailFeed:
     actions: tuple[str, ...] = ()
     lease_s: float | None = None
     most: int | None = None
+    dead = ""
 
     def __init__(self, tail: Tail) -> None:
         self._tail = tail
@@ -100,6 +103,7 @@ class _Subscribed:
 
     lease_s: float | None = None
     most: int | None = None
+    dead = ""
 
     def __init__(self, client: Client, key: tuple[str, str], holder: str, *, fresh: bool) -> None:
         self.holder = holder
@@ -124,6 +128,7 @@ class MessageFeed(_Subscribed):
         super().__init__(client, key, holder, fresh=fresh)
         self._of = subscription
         self.lease_s, self.most = subscription.terms.seconds, subscription.terms.max_deliveries
+        self.dead = subscription.facts.dead_letter.name if subscription.facts.dead_letter else ""
         able = client.driver.capabilities
         self.actions = ("ack", "nack", *(["delay"] * able.release_delay), *(["reject"] * able.reject), "release")
 
@@ -160,12 +165,12 @@ class MessageFeed(_Subscribed):
         return _DONE[delivery.word], f"{at}, when its time was over" if over else at
 
     async def settle(self, verb: str, serials: Sequence[int], delay: float, *, final: bool) -> dict[int, str]:
-        if verb != "ack" and not final:
+        if verb in ("nack", "release") and not final:
             named = settling.Named({self.holder: self._of})
             named.serials[self.holder] = list(serials)
             settling.guard_last_delivery(verb, named)
         results = await self._of.settle(serials, verb, delay=delay)
-        return {s.serial: s.text or s.state for s in results if s.state not in ("settled", "sent")}
+        return {s.serial: s.text or _FAILED.get(s.state, s.state) for s in results if s.state not in ("settled", "sent")}
 
     async def close(self, serials: Sequence[int]) -> None:
         mine = set(serials)

@@ -18,7 +18,7 @@ from typing import Any
 
 from broker_nb.backends.driver import Batch, Event
 from broker_nb.errors import BrokerError, ErrorKind
-from broker_nb.settling import lease_text
+from broker_nb.settling import FINAL, lease_text
 from broker_nb.widgets import wording
 from broker_nb.widgets.feeds import Feed
 from broker_nb.widgets.outbox import FLUSH_ROWS, Outbox, body
@@ -209,23 +209,24 @@ class LiveModel:
         self, req: object, verb: str, rows: Sequence[Row], missed: Sequence[str], delay: float, *, final: bool
     ) -> None:
         problems: dict[int, str] = {}
-        question = ""
+        question, before = "", self.settled["committed"]
         try:
             if rows:
                 problems = await self._feed.settle(verb, [r.serial for r in rows if r.serial is not None], delay, final=final)
         except BrokerError as error:
             problems = {r.serial: str(error) for r in rows if r.serial is not None}
-            question = str(error) if error.kind is ErrorKind.CONFLICT and not final else ""
+            question = str(error).removesuffix(FINAL) if error.kind is ErrorKind.CONFLICT and not final else ""
         finally:
             self._busy.difference_update(row.n for row in rows)
         for row in rows:
             self._refresh(row, "" if question else problems.get(row.serial or 0, ""))
             if row.state == "nacked" and delay:
                 row.why = f"back in {delay:g} s"
-        if self._feed.kind == "log":
-            self._refresh_all()
-        why = [*problems.values(), *missed]
         done = len(rows) - len(problems)
+        if self._feed.kind == "log":  # rows before the named ones are committed with them
+            self._refresh_all()
+            done = self.settled["committed"] - before
+        why = [*problems.values(), *missed]
         text = "" if not why else f"{verb}: {len(why)} of {len(rows) + len(missed)} not done: {why[0]}"
         self._out.replies.append({"req": req, "ok": not why, "done": done, "text": text, "verb": verb, "question": question})
         self._changed.set()
@@ -284,6 +285,7 @@ class LiveModel:
             "opened": int(self.opened.timestamp() * 1000),
             "lease": self._feed.lease_s,
             "most": self._feed.most,
+            "dead": wording.plain(self._feed.dead),
         }
 
     def _counters(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ const ACTIONS = {
   ack: ['Ack', 'a', 'Done: it does not come again'],
   nack: ['Nack', 'n', 'Give it back as failed: it comes again at once'],
   delay: ['Nack in', 'd', 'Give it back as failed: it comes again after the time beside'],
-  reject: ['Reject', 'x', 'Never deliver it again: dead letter, or ended'],
+  reject: ['Reject', 'x', 'Never deliver it again'],
   release: ['Release', 'r', 'Give it back unchanged'],
   commit: ['Commit up to here', 'c', 'Everything in its partition up to and with this row is done'],
 };
@@ -501,7 +501,8 @@ class LiveView {
       const [word, key, help] = ACTIONS[name];
       const button = make('button', `bnb-button bnb-do-${name}`);
       button.type = 'button';
-      button.title = `${help} (${key})`;
+      const where = name === 'reject' && this.about.dead ? `: it goes to ${this.about.dead}` : '';
+      button.title = `${help}${where} (${key})`;
       button.append(icon(name), make('span', '', word));
       button.addEventListener('click', () => this.act(name));
       this.buttons.push(button);
