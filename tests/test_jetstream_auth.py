@@ -3,6 +3,8 @@
 import asyncio
 import json
 import ssl
+import subprocess
+import sys
 import time
 
 import nats_keys
@@ -127,6 +129,8 @@ def test_tls(pki, strangers):
         for settings in ({}, {"tls_ca": strangers.path("ca.pem")}, {"tls_hostname": "elsewhere", **ours}):
             error = refusal(server.url, **settings)
             assert (error.kind, server.address in str(error), "tls_ca" in str(error)) == (ErrorKind.AUTH, True, True)
+        code = f"import broker_nb; broker_nb.connect({server.url!r}, tls_ca={ours['tls_ca']!r}).close()"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30).stderr == ""
     for settings in (
         {"tls_ca": pki.path("none.pem")},
         {"tls": "yes"},

@@ -18,6 +18,8 @@ from broker_nb.backends.jetstream.errors import Refusal, connecting, failure
 from broker_nb.errors import BrokerError, ErrorKind
 
 log = logging.getLogger("broker_nb.nats")
+# What asyncio tells at the end of each connection that nats-py has upgraded to TLS is about neither the person nor us.
+logging.getLogger("asyncio").addFilter(lambda record: "eof_received() has no effect when using ssl" not in record.getMessage())
 
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"', re.I)
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
