@@ -8,12 +8,14 @@ import pathlib
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import nats_keys
 import psutil
 import pytest
 
@@ -130,6 +132,20 @@ def test_digest_mismatch_stops_with_both_digests(mirror: Mirror, empty_cache: pa
 def test_a_file_that_is_not_there(mirror: Mirror) -> None:
     with pytest.raises(servers.ServerMissing, match=r"org.example:other:2.0.*404"):
         fetch([LockedFile(f"org.example:other:2.0 {GOOD.sha256}")])
+
+
+def test_a_mirror_that_an_authority_of_its_own_signs(
+    mirror: Mirror, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = nats_keys.Authority(tmp_path, "server")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.path("server.pem"), authority.path("server.key"))
+    mirror.socket = context.wrap_socket(mirror.socket, server_side=True)
+    monkeypatch.setenv("BROKER_NB_MAVEN", f"https://127.0.0.1:{mirror.server_port}")
+    with pytest.raises(servers.ServerMissing, match=r"org.example:thing:1.0.*REQUESTS_CA_BUNDLE"):
+        fetch([GOOD])
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority.path("ca.pem"))
+    assert fetch([GOOD])[0].read_bytes() == BODY
 
 
 def test_runs_at_once_fetch_once(mirror: Mirror) -> None:

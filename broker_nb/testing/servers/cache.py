@@ -139,7 +139,11 @@ def _fetch_missing(files: Sequence[LockedFile], folder: pathlib.Path, fetcher: p
         program = pathlib.Path(__file__).with_name("_maven.py")
         done = subprocess.run([sys.executable, program, fetcher], input=wanted, capture_output=True, text=True)
         if done.returncode:
-            raise ServerMissing(f"{files[0].coordinates} or a file after it could not be fetched: {last_line(done.stderr)}")
+            hint = (
+                "; if an authority of your own signs here, name it in REQUESTS_CA_BUNDLE" if "CERTIFICATE" in done.stderr else ""
+            )
+            text = f"{files[0].coordinates} or a file after it could not be fetched: {last_line(done.stderr)}{hint}"
+            raise ServerMissing(text)
         for file in files:
             if (found := _sha256(pathlib.Path(scratch, file.name))) != file.sha256:
                 raise DigestMismatch(f"{file.coordinates}: locked as sha256 {file.sha256}, but what came has {found}")
