@@ -231,6 +231,10 @@ def connect(
     if (earlier := _open.pop(connection.name, None)) is not None:
         earlier.close()
     _open[connection.name] = connection
+    # A process that ends gives back what it holds; leases that nobody extends would otherwise be waited for. What is registered
+    # last runs first: anew with each connection, so that the loop, which ends itself at exit, still runs.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
     return connection
 
 
@@ -241,8 +245,6 @@ def connections() -> list[Connection]:
 
 def _close_all() -> None:
     for connection in connections():
+        for view in connection._session.views.values():
+            view.mute()
         connection.close()
-
-
-# A process that ends gives back what it holds; leases that nobody extends would otherwise be waited for.
-atexit.register(_close_all)

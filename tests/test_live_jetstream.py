@@ -208,3 +208,16 @@ def test_a_server_that_is_killed_and_comes_back(notebook, tmp_path):  # noqa: F8
         assert bed.pending(stream) == (2, 3)
         bed.put(stream, b'{"id":"after"}')
         view.until(lambda: view.rows("held").filter(has_text="after").count() == 1, 20)
+
+
+def test_a_restarted_kernel_gives_back_what_it_held(notebook, outside):  # noqa: F811 - a fixture
+    stream, connect = setup(outside, 3)
+    page = notebook(connect, f"view = %broker live {stream} --subscription debug --create")
+    ran(page, 0)
+    ran(page, 1)
+    view = View(page.page)
+    view.held(3)
+    page.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    view.until(lambda: "The kernel was restarted: 3 messages will be redelivered by about" in view.root.inner_text(), 20)
+    assert outside.run(lambda connection: taken(connection, stream))  # at once, long before the leases would have ended
+    page.ready()

@@ -340,6 +340,11 @@ class LiveModel:
             self._ending = asyncio.ensure_future(self._close())
         await asyncio.shield(self._ending)
 
+    def mute(self) -> None:
+        """The process ends: its pages have let go of it, and would complain about whatever is still said."""
+        self.send = None
+        self.on_end.clear()
+
     async def _close(self) -> None:
         self._closing = True
         self._wake.set()
