@@ -188,7 +188,9 @@ class Client:
         self._check_open()
         async with self._opening:
             known = self._subscriptions.get((topic, subscription))
-            if known is not None:
+            if known is not None and known.failed:
+                await self.unsubscribe(topic, subscription)
+            elif known is not None:
                 if isinstance(known, MessageSubscription):
                     known.hold = hold
                 return known

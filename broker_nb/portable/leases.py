@@ -84,8 +84,9 @@ class LeaseKeeper:
         except BrokerError as error:
             log.warning("%s: %d rows could not be kept: %s", self._of.name, len(held), error)
             held = self._expired(held)
-            if held and error.retryable:
-                self._again(held, time.monotonic() + RETRY_S, hold_until)
+            if held:  # asked again at the latest when they are lost, so that they are told to be
+                last = min((d.deadline for d in held if d.deadline is not None), default=hold_until)
+                self._again(held, min(last, time.monotonic() + RETRY_S) if error.retryable else last, hold_until)
             return
         kept = [d for d in held if d.at is None]
         if kept:

@@ -183,9 +183,8 @@ class Look:
                     await asyncio.sleep(BACKOFF_S[failures])
                     failures += 1
                     continue
-                if step.batch is not None or step.reached or step.stopped:
+                if self._note(step, open_pieces) or step.batch is not None:
                     alive = time.monotonic()
-                self._note(step, open_pieces)
                 if step.batch is not None and (step.batch.rows or step.batch.digests):
                     if self._counting:
                         self._rows.update(p for p, _ in step.batch.codec.places(step.batch.rows))
@@ -197,17 +196,21 @@ class Look:
     async def _browse(self, pieces: Sequence[Piece], digest: Digest | None) -> Browser:
         return await self._driver.browse(self._topic, pieces, self._want, self._committed_only, self._allow, digest)
 
-    def _note(self, step: Step, open_pieces: dict[int, Piece]) -> None:
+    def _note(self, step: Step, open_pieces: dict[int, Piece]) -> bool:
+        """Whether anything was reached or stopped."""
         self.summary.skipped += step.skipped
+        news = bool(step.skipped or step.stopped)
         for partition, reached in step.reached.items():
             part, piece = self.summary.parts[partition], open_pieces.get(partition)
             if piece is not None and piece.end is not None and reached >= piece.end:
                 del open_pieces[partition]
             if part.reached is None or reached > part.reached:
-                part.reached = reached
+                part.reached, news = reached, True
         for partition, stop in step.stopped.items():
-            if open_pieces.pop(partition, None) is not None:
+            # Rows that went are missing, also where the driver says that it passed them.
+            if open_pieces.pop(partition, None) is not None or stop is Stop.AGED_OUT:
                 self.summary.parts[partition].stop = stop
+        return news
 
     def _further(self) -> list[Piece]:
         """More pieces where gaps left a count short: further back for the newest rows, further on for the oldest."""

@@ -163,8 +163,9 @@ class MessageSubscription(Subscription[Message]):
         for serial, (token, row) in enumerate(zip(batch.tokens, batch.rows, strict=True), first):
             delivery = Delivery(serial, token, handle, row, batch.codec, now, batch.leased_until)
             self._known[serial] = self._by_token[token] = delivery
-        if len(self._known) > MAX_KNOWN:  # tickets of the past are kept for their answer "already settled", not for ever
+        if len(self._known) > self._forget_at:  # tickets of the past are kept for their answer "already settled", not for ever
             self._known = {s: d for s, d in self._known.items() if d.at is None or s > first - MAX_KNOWN // 2}
+            self._forget_at = max(MAX_KNOWN, 2 * len(self._known))
         handle.held += len(batch.rows)
         self._keeper.watch(range(first, first + len(batch.rows)), batch.leased_until, now + self.hold)
 
@@ -231,7 +232,13 @@ class MessageSubscription(Subscription[Message]):
         for serial in dict.fromkeys(serials):
             delivery = self._known.get(serial)
             if delivery is None:
-                results[serial] = Settling(serial, "foreign", f"{serial} was never delivered to this session")
+                known = self._puller.delivered(serial)
+                state, text = (
+                    ("already", "settled or lost long ago")
+                    if known
+                    else ("foreign", f"{serial} was never delivered to this session")
+                )
+                results[serial] = Settling(serial, state, text)
             elif delivery.state is State.HELD:
                 delivery.state, delivery.word = State.ASKING, word
                 asked[delivery.handle].append(delivery)

@@ -71,6 +71,10 @@ class Puller:
         self.closed = False
         self.failure: BrokerError | None = None
 
+    def delivered(self, serial: int) -> bool:
+        """Whether there ever was a delivery of that number."""
+        return 0 < serial < self._next_serial
+
     def drop_ready(self) -> list[Taken]:
         """Rows that were pulled and never delivered; they are the caller's to give back now."""
         ready, self._ready = list(self._ready), deque()

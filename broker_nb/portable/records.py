@@ -60,8 +60,9 @@ class RecordSubscription(Subscription[Record]):
                 prefix = self._prefixes[partition] = Prefix()
             prefix.deliver((position,))
         self._next_serial = first + len(places)
-        if len(self._places) > MAX_KNOWN:
+        if len(self._places) > self._forget_at:
             self._places = {s: (p, at) for s, (p, at) in self._places.items() if not self._prefixes[p].is_done(at)}
+            self._forget_at = max(MAX_KNOWN, 2 * len(self._places))
 
     # -------------------------------------------------------------- taking
     @anywhere

@@ -43,6 +43,7 @@ class Subscription(ABC, Generic[M]):
         self._handles: list[Handle] = []
         self._puller = Puller(name, capabilities.slice_s, self._choose, self._took)
         self._closed: asyncio.Task[None] | None = None
+        self._forget_at = MAX_KNOWN  # grows with what is held, so that forgetting is not tried at each pull
 
     @property
     def handles(self) -> Sequence[Handle]:
@@ -87,6 +88,11 @@ class Subscription(ABC, Generic[M]):
     async def _next(self, timeout: float | None) -> M | None:
         found = self._objects(await self._puller.take(1, 1 << 30, timeout=timeout))
         return found[0] if found else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether its source is gone for good; another one may be opened."""
+        return self._puller.failure is not None
 
     def on_event(self, event: Event) -> None:
         """Told by the connection that something happened by itself."""
