@@ -252,24 +252,32 @@ class MessageSubscription(Subscription[Message]):
         self, handle: Handle, deliveries: list[Delivery], verdict: Verdict, delay: float, reason: str
     ) -> dict[int, Settling]:
         results: dict[int, Settling] = {}
+        word = deliveries[0].word
         for pause in (*RETRIES_S, None):
-            for delivery in deliveries:
-                delivery.state = State.ASKING
-            items = [Settlement(d.token, verdict, delay, reason) for d in deliveries]
-            settled = await handle.settles.call(functools.partial(self._settle, handle, deliveries, items), urgent=True)
-            results.update((s.serial, s) for s in settled)
+            settle = functools.partial(self._settle, handle, deliveries, verdict, delay, reason)
+            results.update((s.serial, s) for s in await handle.settles.call(settle, urgent=True))
             deliveries = [d for d in deliveries if results[d.serial].state == "retry" and d.state is State.HELD]
             if not deliveries or pause is None:
                 break
             await asyncio.sleep(pause)
+            # Meanwhile a row may have been lost, or settled by somebody else.
+            results.update((d.serial, _past(d)) for d in deliveries if d.state is not State.HELD)
+            deliveries = [d for d in deliveries if d.state is State.HELD]
+            for delivery in deliveries:
+                delivery.state, delivery.word = State.ASKING, word
         return results
 
-    async def _settle(self, handle: Handle, deliveries: Sequence[Delivery], items: Sequence[Settlement]) -> list[Settling]:
+    async def _settle(
+        self, handle: Handle, deliveries: Sequence[Delivery], verdict: Verdict, delay: float, reason: str
+    ) -> list[Settling]:
+        """One try. Nothing is said about rows that were lost while it waited for its turn."""
+        ours, gone = [d for d in deliveries if d.state is State.ASKING], [d for d in deliveries if d.state is not State.ASKING]
+        items = [Settlement(d.token, verdict, delay, reason) for d in ours]
         try:
-            outcomes = await handle.source.settle(items)
+            outcomes = await handle.source.settle(items) if items else []
         except BrokerError as error:  # no row was attempted
             outcomes = [Outcome(Settled.RETRY if error.retryable else Settled.REFUSED, error)] * len(items)
-        return [self._record(d, o) for d, o in zip(deliveries, outcomes, strict=True)]
+        return [self._record(d, o) for d, o in zip(ours, outcomes, strict=True)] + [_past(d) for d in gone]
 
     def _record(self, delivery: Delivery, outcome: Outcome) -> Settling:
         if outcome.state is Settled.LOST:

@@ -118,11 +118,12 @@ class RecordSubscription(Subscription[Record]):
         moved: set[int] = set()
         void: dict[int, BrokerError] = {}
         named: dict[int, None] = {}
+        if never := [serial for serial in serials if not 0 < serial < self._next_serial]:
+            text = f"{self.name}: row {never[0]} was never delivered to this session; nothing was committed"
+            raise BrokerError(ErrorKind.INVALID, self.name, text)
         for serial in serials:
             if serial not in self._places:
-                if 0 < serial < self._next_serial:
-                    continue  # done long ago and forgotten
-                raise BrokerError(ErrorKind.INVALID, self.name, f"{self.name}: row {serial} was never delivered to this session")
+                continue  # done long ago and forgotten
             partition, position = self._places[serial]
             named[partition] = None
             if serial < self._void_below.get(partition, 0):
