@@ -13,6 +13,7 @@ from broker_nb.backends.inmem.broker import InmemBroker
 from broker_nb.backends.inmem.manners import JETSTREAM, KAFKA, MANNERS
 from broker_nb.backends.inmem.manners.driver import driver_with
 from broker_nb.backends.inmem.manners.manner import Misuse
+from broker_nb.backends.jetstream.driver import JetStreamDriver
 from broker_nb.backends.kafka.driver import KafkaDriver
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.messages import OutboundMessage
@@ -75,7 +76,8 @@ def test_a_connection_says_whose_manners_it_has():
 
 
 def test_the_constants_are_those_of_the_real_drivers():
-    assert KafkaDriver.capabilities == KAFKA.able
+    for real, manner in ((KafkaDriver, KAFKA), (JetStreamDriver, JETSTREAM)):
+        assert replace(real.capabilities, server_min={}) == manner.able
 
 
 # ------------------------------------------------------------------ kafka
@@ -239,6 +241,9 @@ def test_a_repeated_id_is_dropped_within_the_window():
         ({}, OutboundMessage(b"x", None, {"a": None}), "attribute 'a' is null"),
         ({}, OutboundMessage(b"x", None, {"a": 1}), "attribute 'a' is of type int"),
         ({}, OutboundMessage(b"x", None, {"a": b"\xff"}), "attribute 'a' is not UTF-8"),
+        ({}, OutboundMessage(b"x", None, {"a b": "1"}), "attribute 'a b' is no name of a header"),
+        ({}, OutboundMessage(b"x", None, {"a": "1\n2"}), "line break"),
+        ({}, OutboundMessage(b"x", b"1\r2"), "line break"),
         ({}, OutboundMessage(b"x", b"", {"a": b"text"}), None),
         ({"attribute_types": frozenset({str, int})}, OutboundMessage(b"x", None, {"a": 1}), None),
     ],

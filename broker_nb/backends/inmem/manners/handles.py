@@ -138,9 +138,7 @@ class StrictSender(InmemSender):
         self._window_s = manner.dedupe.window_s if manner.dedupe else None
 
     def check(self, row: Outbound) -> str | None:
-        if row.time_ns is not None and not self._manner.producer_times:
-            return "the server sets the time; leave it out"
-        return super().check(row) or flaw(self._manner.able, row)
+        return super().check(row) or flaw(self._manner, row)
 
     async def send(self, rows: Sequence[Outbound]) -> Sequence[SendResult]:
         with self._guard.call("send"):

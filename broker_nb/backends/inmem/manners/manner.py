@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from broker_nb.backends.driver import Capabilities, Dedupe, LookPlan, Outbound
 
+_HEADER = re.compile(r"[!-9;-~]+")
 _SETTLING = frozenset({"settle", "extend"})
 
 
@@ -25,6 +27,7 @@ class Manner:
     late_proof: bool = False  # gaps at the end of a look are passed by a read of their own, after the last row
     producer_times: bool = False  # the client stamps every row, in milliseconds; else the server does
     eager_groups: bool = False  # a member gives up all its partitions at each rebalance
+    header_lines: bool = False  # keys and attributes are lines: names of printable ASCII without blanks and colons
     reject_is_final: bool = False  # a rejected row goes nowhere
     fixed_lease: bool = False  # extending begins the subscription's own lease anew, whatever time is asked for
 
@@ -71,8 +74,11 @@ class Guard:
         return self._able.concurrent_settle and "pull" in both and bool(both & _SETTLING)
 
 
-def flaw(able: Capabilities, row: Outbound) -> str | None:
-    """Why a broker of these capabilities cannot store a row; None when it can."""
+def flaw(manner: Manner, row: Outbound) -> str | None:
+    """Why the broker cannot store a row; None when it can."""
+    able = manner.able
+    if row.time_ns is not None and not manner.producer_times:
+        return "the server sets the time; leave it out"
     if row.data is None and not able.null_data:
         return "there is no null body here; send an empty one"
     if row.key is not None:
@@ -94,6 +100,12 @@ def flaw(able: Capabilities, row: Outbound) -> str | None:
             return f"attribute {name!r} is not UTF-8, and attributes are text here"
         elif type_ not in {*types, "bytes"}:
             return f"attribute {name!r} is of type {type_}; make it a str first"
+        if manner.header_lines and not _HEADER.fullmatch(name):
+            return f"attribute {name!r} is no name of a header here: printable ASCII without blanks and colons"
+    if manner.header_lines and any(
+        b"\r" in text or b"\n" in text for text in (row.key, *(a.value for a in row.attributes)) if text
+    ):
+        return "a key or an attribute has a line break, which would end its header"
     return None
 
 
