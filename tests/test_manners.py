@@ -92,7 +92,7 @@ def test_a_log_is_committed_and_nothing_else():
                 await client.subscribe("t", "g", family=Family.MESSAGE)
             with pytest.raises(BrokerError, match="no taking of messages with the manners of kafka"):
                 await client.driver.subscribe(Entity(Kind.SUBSCRIPTION, "g", "t"), TakeOptions(Family.MESSAGE))
-            with pytest.raises(BrokerError, match=r"has no transactions \(issue 6\); publish without one"):
+            with pytest.raises(BrokerError, match=r"has no transactions \(.*issue 6\); publish without one"):
                 await client.transactional_publisher("id")
             with pytest.raises(BrokerError, match="no transactions with the manners of kafka"):
                 await client.driver.begin("id", 60)

@@ -103,7 +103,7 @@ def test_the_broker_takes_a_row_away_while_its_settlement_is_under_way():
 
 @pytest.mark.parametrize("what", ["lost", "settled", "asked"])
 def test_what_happens_between_two_tries_of_a_settlement_stands(monkeypatch, what):
-    monkeypatch.setattr(messages, "RETRIES_S", (0.05, 0.05))
+    monkeypatch.setattr(messages, "RETRIES_S", (0.3, 0.3))  # long enough to act in between
 
     async def go():
         source = Fake(rows=[b"1", b"2"], outcomes=[Settled.RETRY])
@@ -314,6 +314,27 @@ def test_a_revocation_voids_only_the_partitions_that_it_names():
         assert stands[0].position == (0, 0)
         assert stands[1].error.kind is ErrorKind.LEASE_LOST
         assert source.committed == [{0: (0, 0)}]
+
+    run(go())
+
+
+def test_a_commit_that_waits_for_its_turn_heeds_a_revocation():
+    async def go():
+        source = Fake(rows=[b"0", b"1"])
+        sub = log(source)
+        await sub.take(2, timeout=1)
+        source.gate = asyncio.Event()
+        pulling = asyncio.ensure_future(sub.take(1, timeout=None))
+        await until(lambda: sub._handles[0].pulls._busy)
+        committing = asyncio.ensure_future(sub.commit([1]))
+        await until(lambda: sub._handles[0].pulls._urgent)
+        sub.on_event(Event("revoked", partitions=frozenset({0}), handle=source))
+        source.gate.set()
+        (stand,) = await committing
+        assert stand.error.kind is ErrorKind.LEASE_LOST
+        assert source.committed == []
+        pulling.cancel()
+        await asyncio.gather(pulling, return_exceptions=True)
 
     run(go())
 

@@ -117,7 +117,7 @@ class RecordSubscription(Subscription[Record]):
         """
         moved: set[int] = set()
         void: dict[int, BrokerError] = {}
-        named: dict[int, None] = {}
+        named: dict[int, int] = {}  # partition -> one of its deliveries
         if never := [serial for serial in serials if not 0 < serial < self._next_serial]:
             text = f"{self.name}: row {never[0]} was never delivered to this session; nothing was committed"
             raise BrokerError(ErrorKind.INVALID, self.name, text)
@@ -125,50 +125,59 @@ class RecordSubscription(Subscription[Record]):
             if serial not in self._places:
                 continue  # done long ago and forgotten
             partition, position = self._places[serial]
-            named[partition] = None
-            if serial < self._void_below.get(partition, 0):
-                text = f"{self.name}: partition {partition} was taken over by another member or given back; its rows come again"
-                void[partition] = BrokerError(ErrorKind.LEASE_LOST, self.name, text)
+            named[partition] = serial
+            if self._is_void(serial, partition):
+                void[partition] = self._void_error(partition)
                 continue
             prefix = self._prefixes[partition]
             moves = prefix.mark_to(position) if through else prefix.mark(position)
             if moves or prefix.position != prefix.committed:  # moved now, or before by a commit that failed
                 moved.add(partition)
-        failures = await self._flush(moved) if moved else {}
-        return [self._stand(p, void.get(p) or failures.get(p)) for p in named]
+        tried = await self._flush() if moved else {}
+        # Taken away while the commit waited for its turn: nothing was stored, whatever was marked.
+        void |= {p: self._void_error(p) for p in moved - tried.keys() if self._is_void(named[p], p)}
+        return [self._stand(p, void.get(p) or tried.get(p)) for p in named]
+
+    def _is_void(self, serial: int, partition: int) -> bool:
+        return serial < self._void_below.get(partition, 0)
+
+    def _void_error(self, partition: int) -> BrokerError:
+        text = f"{self.name}: partition {partition} was taken over by another member or given back; its rows come again"
+        return BrokerError(ErrorKind.LEASE_LOST, self.name, text)
 
     def _stand(self, partition: int, error: BrokerError | None) -> Committed:
         prefix = self._prefixes.get(partition) or Prefix()
         return Committed(partition, prefix.committed, prefix.first_open, prefix.waiting, error)
 
-    async def _flush(self, wanted: set[int]) -> dict[int, BrokerError]:
-        """Commit what moved. Callers that come while one commit is under way share the next."""
+    async def _flush(self) -> dict[int, BrokerError | None]:
+        """Commit what moved: per partition that was tried, why it failed. Callers that come meanwhile share the next one."""
         async with self._committing:
-            positions = {
-                n: p.position
-                for n, p in self._prefixes.items()
-                if p.position is not None and (p.committed is None or p.committed < p.position)
-            }
-            if not positions:
+            if not self._uncommitted():
                 return {}
             handle = await self._choose()
-            failures: dict[int, BrokerError] = {}
+            tried: dict[int, BrokerError | None] = {}
 
             async def store() -> None:
-                outcomes = await handle.source.commit(positions)
-                for partition, outcome in outcomes.items():
-                    self._stored(partition, positions[partition], outcome, failures)
+                if positions := self._uncommitted():  # as it stands now that its turn has come
+                    outcomes = await handle.source.commit(positions)
+                    tried.update((p, self._stored(p, positions[p], outcome)) for p, outcome in outcomes.items())
 
             await handle.settles.call(store, urgent=True)
-            return {p: e for p, e in failures.items() if p in wanted}
+            return tried
 
-    def _stored(self, partition: int, position: Position, outcome: Outcome, failures: dict[int, BrokerError]) -> None:
+    def _uncommitted(self) -> dict[int, Position]:
+        return {
+            n: p.position
+            for n, p in self._prefixes.items()
+            if p.position is not None and (p.committed is None or p.committed < p.position)
+        }
+
+    def _stored(self, partition: int, position: Position, outcome: Outcome) -> BrokerError | None:
         if outcome.state in (Settled.CONFIRMED, Settled.SENT):
-            if (prefix := self._prefixes.get(partition)) is not None:
-                prefix.committed = position
-            return
+            self._prefixes[partition].committed = position
+            return None
         text = f"{self.name}: partition {partition} was not committed ({outcome.state.value})"
-        failures[partition] = outcome.error or BrokerError(ErrorKind.LEASE_LOST, self.name, text)
+        return outcome.error or BrokerError(ErrorKind.LEASE_LOST, self.name, text)
 
     # -------------------------------------------------------------- giving back
     @property
@@ -193,7 +202,7 @@ class RecordSubscription(Subscription[Record]):
         if serial not in self._places:
             return "committed"  # done long ago and forgotten
         partition, position = self._places[serial]
-        if serial < self._void_below.get(partition, 0):
+        if self._is_void(serial, partition):
             return "void"
         committed = self._prefixes[partition].committed
         return "committed" if committed is not None and position < committed else "open"
