@@ -264,6 +264,20 @@ def test_a_row_that_the_broker_could_not_store_is_refused(monkeypatch, able, row
     run(go())
 
 
+def test_manners_with_transactions_have_them(monkeypatch):
+    able = replace(KAFKA.able, transactions=True, notyet={})
+    monkeypatch.setitem(MANNERS, "other", driver_with(replace(KAFKA, name="other", able=able)))
+
+    async def go():
+        async with connected("other") as (client, broker):
+            publisher = await client.transactional_publisher("id")
+            async with publisher.transaction():
+                await (await publisher.topic("t")).publish(OutboundMessage(b"1"))
+            assert [row.data for row in broker.topic("t").logs[0].rows] == [b"1"]
+
+    run(go())
+
+
 def test_only_producers_of_such_brokers_set_the_time():
     async def go():
         async with connected("jetstream") as (client, _):
