@@ -32,6 +32,7 @@ _SCHEMES = {
     "inmem": _Entry("broker_nb.backends.inmem.driver:InmemDriver", "", ""),
     "kafka": _Entry("broker_nb.backends.kafka.driver:KafkaDriver", "confluent_kafka", "kafka"),
     "nats": _Entry("broker_nb.backends.jetstream.driver:JetStreamDriver", "nats", "nats"),
+    "pubsub": _Entry("broker_nb.backends.pubsub.driver:PubsubDriver", "google.pubsub_v1", "pubsub"),
 }
 
 
@@ -55,7 +56,7 @@ def load(scheme: str) -> type[Driver]:
         driver: type[Driver] = point.load()
         client, extra = driver.requires
         distribution = point.dist.name if point.dist is not None else client
-        if client and importlib.util.find_spec(client) is None:
+        if client and not _is_there(client):
             raise _missing(scheme, client, f"{distribution}[{extra}]" if extra else client)
         return driver
     raise BrokerError(ErrorKind.INVALID, scheme, f"no backend for {scheme!r}; there are: {', '.join(schemes())}")
@@ -66,10 +67,17 @@ def _import(scheme: str, entry: _Entry) -> type[Driver]:
     try:
         driver: type[Driver] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if entry.client and error.name == entry.client:
+        if entry.client and error.name and f"{entry.client}.".startswith(f"{error.name}."):  # it, or a namespace above it
             raise _missing(scheme, entry.client, f"broker-nb[{entry.extra}]") from error
         raise
     return driver
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a namespace above it is not there either
+        return False
 
 
 def _missing(scheme: str, client: str, requirement: str) -> BrokerError:

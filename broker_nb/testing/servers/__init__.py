@@ -22,7 +22,8 @@ from broker_nb.testing.servers.process import PortTaken, Process, ServerFailed, 
 
 __all__ = ["NAMES", "DigestMismatch", "OwnServer", "PortTaken", "Server", "ServerFailed", "ServerMissing", "prepare", "start"]
 
-NAMES = ("kafka", "nats", "nats@2.9")  # after the @: an older version than the usual one
+NAMES = ("kafka", "nats", "nats@2.9", "pubsub")  # after the @: an older version than the usual one
+_PATHS = {"pubsub": "/broker-nb"}  # a project; the server takes any
 ATTEMPTS = 5
 _Launch: TypeAlias = Callable[[str, pathlib.Path, list[int], str, float], Process]
 
@@ -52,7 +53,8 @@ class Server:
     @property
     def url(self) -> str:
         """What `connect` takes, as `kafka://127.0.0.1:40001`."""
-        return f"{self.name.split('@')[0]}://{self.address}"
+        kind = self.name.split("@")[0]
+        return f"{kind}://{self.address}{_PATHS.get(kind, '')}"
 
     def stop(self) -> None:
         """Nothing: somebody else started it."""

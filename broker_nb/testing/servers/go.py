@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import pathlib
@@ -12,7 +13,7 @@ import tempfile
 
 from broker_nb.testing.servers.cache import ServerMissing, cache_dir, exclusive, last_line, tool
 
-__all__ = ["build", "go"]
+__all__ = ["build", "build_folder", "go"]
 
 MINIMUM = (1, 26)
 _log = logging.getLogger(__name__)
@@ -54,22 +55,37 @@ def build(package: str) -> pathlib.Path:
     """
     path, version = package.split("@")
     program = re.sub(r"/v\d+$", "", path).rsplit("/", 1)[-1]
+    return _build(f"{program}@{version}", package, program, cwd=None)
+
+
+def build_folder(program: str, sources: pathlib.Path) -> pathlib.Path:
+    """The program that the Go files in `sources` are, built on first use and again when one of them changes.
+
+    `go.sum` there has the digest of everything that is fetched; raises what `build` raises.
+    """
+    files = sorted([*sources.glob("*.go"), sources / "go.mod", sources / "go.sum"])
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return _build(f"{program}@{digest[:16]}", ".", program, cwd=sources)
+
+
+def _build(name: str, package: str, program: str, cwd: pathlib.Path | None) -> pathlib.Path:
     folder = cache_dir() / "go"
-    target = folder / f"{program}@{version}"
+    target = folder / name
     with exclusive(folder):
         if not target.exists():
             compiler = go()
-            _log.info("building %s into %s", package, folder)
+            _log.info("building %s into %s", name, folder)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-                _install(compiler, package, scratch)
+                _install(compiler, package, scratch, cwd)
                 os.rename(f"{scratch}/bin/{program}", target)
     return target
 
 
-def _install(compiler: str, package: str, scratch: str) -> None:
+def _install(compiler: str, package: str, scratch: str, cwd: pathlib.Path | None) -> None:
     own = {"GOBIN": f"{scratch}/bin", "GOPATH": scratch, "GOMODCACHE": f"{scratch}/mod", "GOCACHE": f"{scratch}/cache"}
     environment = os.environ | own | {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}  # no other Go, no C compiler
     command = [compiler, "install", "-modcacherw", package]  # without the option, nobody could remove the sources
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, cwd=cwd)
     if done.returncode:
-        raise ServerMissing(f"{package} could not be built: {last_line(done.stderr)}")
+        what = package if cwd is None else cwd.name
+        raise ServerMissing(f"{what} could not be built: {last_line(done.stderr)}")

@@ -1,0 +1,1 @@
+"""The pubsub backend, on google-cloud-pubsub's asynchronous gapic clients: see `driver.py`."""
