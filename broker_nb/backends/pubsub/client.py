@@ -174,10 +174,38 @@ class Clients:
 
     def __init__(self, channel: grpc.aio.Channel, names: Names, host: Host, timeout: float) -> None:
         self.names, self.host, self.timeout = names, host, timeout
-        self._channel = channel
-        self.publisher = PublisherAsyncClient(transport=PublisherGrpcAsyncIOTransport(channel=channel))
-        self.subscriber = SubscriberAsyncClient(transport=SubscriberGrpcAsyncIOTransport(channel=channel))
-        self.closed = False
+        self._channel: Any = channel
+        self._publisher: PublisherAsyncClient | None
+        self._publisher = PublisherAsyncClient(transport=PublisherGrpcAsyncIOTransport(channel=channel))
+        self._subscriber: SubscriberAsyncClient | None
+        self._subscriber = SubscriberAsyncClient(transport=SubscriberGrpcAsyncIOTransport(channel=channel))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is closed."""
+        return self._channel is None
+
+    @property
+    def publisher(self) -> PublisherAsyncClient:
+        """The half that knows topics."""
+        if self._publisher is None:
+            raise self._is_closed()
+        return self._publisher
+
+    @property
+    def subscriber(self) -> SubscriberAsyncClient:
+        """The half that knows subscriptions."""
+        if self._subscriber is None:
+            raise self._is_closed()
+        return self._subscriber
+
+    def _is_closed(self) -> BrokerError:
+        return self.host.error(ErrorKind.CLOSED, "pubsub", "the connection is closed; connect again")
+
+    @property
+    def bounded(self) -> dict[str, Any]:
+        """How a call that should answer at once is made: the clients' own retries go on for a minute."""
+        return {"retry": None, "timeout": self.timeout}
 
     async def ask(self, entity: str, call: Awaitable[T]) -> T:
         """The answer of a call; its error as ours."""
@@ -186,14 +214,9 @@ class Clients:
         except (GoogleAPICallError, GoogleAuthError) as error:
             raise failure(self.host, entity, error) from error
 
-    @property
-    def bounded(self) -> dict[str, Any]:
-        """How a call that should answer at once is made: the clients' own retries go on for a minute."""
-        if self.closed:
-            raise self.host.error(ErrorKind.CLOSED, "pubsub", "the connection is closed; connect again")
-        return {"retry": None, "timeout": self.timeout}
-
     async def close(self) -> None:
         """End what is under way and disconnect."""
-        self.closed = True
-        await self._channel.close()
+        channel, self._channel = self._channel, None
+        self._publisher = self._subscriber = None  # grpc's thread ends when nobody knows the channel any more
+        if channel is not None:
+            await channel.close()
