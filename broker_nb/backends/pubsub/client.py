@@ -71,6 +71,10 @@ def was_not_sent(error: GoogleAPICallError) -> bool:
 
 def failure(host: Host, entity: str, error: GoogleAPICallError | GoogleAuthError) -> BrokerError:
     """The client's error as ours, naming the entity."""
+    below: BaseException | None = error
+    while below is not None:
+        below.__traceback__ = None  # its frames know the channel, and with that keep grpc's thread after close
+        below = below.__cause__
     kind, text = kind_of(error), getattr(error, "message", None) or str(error)
     match kind:
         case ErrorKind.NOT_FOUND:
