@@ -60,11 +60,11 @@ class PubsubSender:
 
     def check(self, row: Outbound) -> str | None:
         data, key, attributes, partition, time_ns, _, native = row
-        if not isinstance(data, bytes):
-            what = (
-                "a null body, which Pub/Sub does not have; send b''" if data is None else f"a {type(data).__name__} as its body"
-            )
-            return f"the message has {what}"
+        if type(data) not in _BYTES or type(key) not in _BYTES:
+            what, value = ("key", key) if type(data) in _BYTES else ("data", data)
+            return f"{what} must be bytes, not {type(value).__name__}; encode it first"
+        if data is None:
+            return "Pub/Sub has no null body; send an empty one, with an attribute"
         if key is not None and (why := _bad_key(key)):
             return why
         size, names = len(data) + len(key or b"") + _ROW_BYTES, set()
