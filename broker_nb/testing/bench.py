@@ -33,8 +33,10 @@ QUIET_S = 0.5
 class Reader:
     """One member of a subscription, of either family."""
 
-    def __init__(self, client: Client, topic: str, name: str, opened: MessageSubscription | RecordSubscription) -> None:
-        self.client, self.topic, self.name, self.opened = client, topic, name, opened
+    def __init__(
+        self, client: Client, topic: str, name: str, opened: MessageSubscription | RecordSubscription, *, in_order: bool = True
+    ) -> None:
+        self.client, self.topic, self.name, self.opened, self._in_order = client, topic, name, opened, in_order
         self.since = time.monotonic()
 
     async def one(self, timeout: float | None) -> Item | None:
@@ -53,7 +55,10 @@ class Reader:
         return [*await self.opened.next_batch(timeout, count=count, age=age)]
 
     async def read(self, count: int, seconds: float = 20.0, *, done: bool = True) -> list[Item]:
-        """At most `count` items, as many as come within `seconds`; acked or committed unless told otherwise."""
+        """At most `count` items, as many as come within `seconds`; acked or committed unless told otherwise.
+
+        As they come; from a broker that promises no order, as they were sent.
+        """
         items: list[Item] = []
         end = time.monotonic() + seconds
         while len(items) < count and (left := end - time.monotonic()) > 0:
@@ -61,7 +66,7 @@ class Reader:
             if done:
                 await finish(got)
             items += got
-        return items
+        return items if self._in_order else sorted(items, key=lambda item: item.publish_time_ns or 0)
 
     async def rest(self, seconds: float = QUIET_S) -> list[Item]:
         """What comes although nothing should; acked or committed."""
@@ -101,6 +106,7 @@ class Bench:
         self.capabilities = client.driver.capabilities
         self.family = family or next(f for f in Family if f in self.capabilities.families)
         self.silent: Reader | None = None  # for an idle suite: a subscription on which nothing happened since `since`
+        self._ordered: set[str] = set()  # topics that were made so
         self._id = uuid.uuid4().hex[:8]
         self._count = 0
         self._closing: list[Callable[[], Awaitable[object]]] = []
@@ -132,7 +138,14 @@ class Bench:
 
     async def topic(self, partitions: int = 1, **wishes: Any) -> str:
         """A new topic, made out of band."""
-        return await asyncio.to_thread(self.harness.make_topic, partitions, **wishes)
+        topic = await asyncio.to_thread(self.harness.make_topic, partitions, **wishes)
+        if wishes.get("ordered"):
+            self._ordered.add(topic)
+        return topic
+
+    async def subscription(self, topic: str, name: str | None = None) -> str:
+        """The name of a subscription that gets everything since its topic was made."""
+        return await asyncio.to_thread(self.harness.subscription, topic, name or self.name("sub"))
 
     async def connect(self) -> Client:
         """One more connection, watched as the first."""
@@ -169,7 +182,7 @@ class Bench:
         max_held: int = 10_000,
     ) -> Reader:
         """A member of a subscription, which is made where it is not there."""
-        client, name = client or self.client, name or self.name("sub")
+        client, name = client or self.client, await self.subscription(topic, name)
         opened = await client.subscribe(
             topic,
             name,
@@ -180,7 +193,8 @@ class Bench:
             max_held=max_held,
             native=self.harness.native(topic),
         )
-        reader = Reader(client, topic, name, opened)
+        in_order = topic in self._ordered or not self.harness.missing("order")
+        reader = Reader(client, topic, name, opened, in_order=in_order)
         self._closing.append(reader.close)
         return reader
 

@@ -129,7 +129,7 @@ class Delivery(Suite):
         topic = await bench.topic(partitions=4, ordered=True)
         keys = [b"key%d" % (i % 16) for i in range(1000)]
         await bench.publish(topic, [OutboundMessage(b"%06d" % i, key) for i, key in enumerate(keys)])
-        got = await (await bench.reader(topic)).read(1000)
+        got = await (await bench.reader(topic)).read(1000, 50)
         for key in set(keys):
             assert bodies(m for m in got if m.key == key) == [b"%06d" % i for i in range(1000) if keys[i] == key]
 

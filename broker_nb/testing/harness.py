@@ -63,7 +63,9 @@ class Harness:
     """How many of 36 awkward attributes have to pass: 18 texts as names, the same as values."""
     never: ClassVar[Mapping[str, str]] = {}
     notyet: ClassVar[Mapping[str, str]] = {}
-    """What there is none of: a hook, a wish of `make_topic`, a state ("Stop.UNPROVEN", "message.SENT"). Capabilities tell about themselves."""
+    """What there is none of: a hook, a wish of `make_topic`, a state ("Stop.UNPROVEN", "message.SENT"), "look" (without an effect, on
+    any topic), "order" (of messages without a key). Capabilities tell about themselves.
+    """
 
     @classmethod
     def backend(cls) -> str:
@@ -84,7 +86,7 @@ class Harness:
 
         A broker without partitions makes one, and says so in `never` under "partitions". Wishes: `ordered` (per key, also for family
         MESSAGE), `ack_deadline` (seconds), `dead_letter` (name of a topic), `max_message_bytes`, `compacted` (may be given to
-        `compact`).
+        `compact`), `look_effects` (looking has some), `unconfirmed` (settlements are only sent, where others are confirmed).
         """
         raise NotImplementedError
 
@@ -92,6 +94,11 @@ class Harness:
         """Options for a new subscription, where `ack_deadline` and the like are wishes about it and not about the topic."""
         del topic
         return {}
+
+    def subscription(self, topic: str, name: str) -> str:
+        """The subscription to use as `name`: one made with the topic, where a new one would get only what is sent from then on."""
+        del topic
+        return name
 
     def snapshot(self) -> object:
         """Everything that a look must not change: topics, ends, groups, positions, members, delivery counts."""

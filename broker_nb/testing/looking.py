@@ -96,7 +96,7 @@ class Looking(Suite):
         look = await bench.client.look(topic, parse_range("..end"), want=COLUMNS, allow=effects)
         assert [batch async for batch in look.batches(20)] == []
 
-    @case()
+    @case("look")
     async def test_rows_are_shown_as_sent(self, bench: Bench) -> None:
         """A look shows body, key, attributes, partition and place as they were accepted, and a time."""
         topic = await bench.topic(partitions=2)
@@ -126,6 +126,8 @@ async def every_look(bench: Bench, client: Client, topic: str, subscriptions: li
     for name in subscriptions:
         await client.facts(Entity(Kind.SUBSCRIPTION, name, topic))
         await client.backlog(topic, name)
+    if bench.harness.missing("look"):
+        return
     other = Bench(bench.harness, client, bench.watch, None)
     now = time.time_ns()
     for asked in ("..end", "-10", "+10", "5..9", Range("", Time(now - 10**12), Time(now)), Range("", Time(now))):

@@ -19,6 +19,8 @@ IN_TIME_S = 1.0
 class Tails(Suite):
     """Ends of ranges at which others wait for a row that never comes."""
 
+    needs = ("look",)
+
     @case("null_data")
     async def test_a_tombstone_at_the_end(self, bench: Bench) -> None:
         """The last row has a null body: it is shown, and the look is complete in time."""

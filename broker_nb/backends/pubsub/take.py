@@ -55,8 +55,7 @@ class PubsubSource:
         self._clients, self._path, self._name, self._max_held = clients, path, name, options.max_held
         self._codec = PubsubCodec(topic)
         self._pulls = _Leased(clients, path, name, float(about.ack_deadline_seconds or LEASE_S))
-        self._exact = about.enable_exactly_once_delivery
-        self._done = Outcome(Settled.CONFIRMED if self._exact else Settled.SENT)
+        self._done = Outcome(Settled.CONFIRMED if about.enable_exactly_once_delivery else Settled.SENT)
 
     @property
     def closed(self) -> bool:
@@ -155,8 +154,8 @@ class PubsubSource:
             outcomes = await self._tell(group, given)
             answered = time.monotonic()
             for ack_id, outcome in zip(group, outcomes, strict=True):
-                # Over before the answer came: it may have gone to somebody, and only exactly-once delivery would have told.
-                if outcome.state is Settled.LOST or (until.get(ack_id, 0.0) <= answered and not self._exact):
+                # Over before the answer came: it may have gone to somebody meanwhile.
+                if outcome.state is Settled.LOST or until.get(ack_id, 0.0) <= answered:
                     gone.add(ack_id)
                 elif outcome is self._done:
                     until[ack_id], kept = now + given, kept + 1
