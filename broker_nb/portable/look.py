@@ -257,8 +257,8 @@ async def open_look(
     Raises
     ------
     BrokerError
-        UNSUPPORTED when looking is impossible or has effects that were not allowed; INVALID for a partition that is not there or
-        a range whose end comes before its start.
+        UNSUPPORTED when looking is impossible or has effects that were not allowed; INVALID for a partition that is not there, a
+        range whose end comes before its start, or offsets where there are none.
     """
     topic, plan = facts.entity, facts.look
     refuse_effects(facts, allow)
@@ -266,6 +266,9 @@ async def open_look(
         there = f"0..{len(facts.partitions) - 1}" if facts.partitions else "none"
         raise BrokerError(ErrorKind.INVALID, topic.name, f"{topic.name}: no partition {unknown[0]}; there are {there}")
     bounds = [b for b in await driver.bounds(topic, committed_only) if partitions is None or b.partition in partitions]
+    if any(isinstance(bound, Offset) for bound in (asked.start, asked.end)) and any(b.low == () for b in bounds):
+        text = f"{topic.name} has no offsets; ask for a count (-100) or for times (@-1h..)"
+        raise BrokerError(ErrorKind.INVALID, topic.name, text)
     pieces = await _resolve(driver, topic, facts, asked, bounds)
     look = Look(driver, topic, facts, asked, bounds, pieces, want=want, committed_only=committed_only, allow=allow)
     if look.window_ns != (None, None) and not plan.sorted_times:

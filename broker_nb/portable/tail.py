@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 
-from broker_nb.backends.driver import Batch, Bounds, Browser, Driver, Effect, Facts, Piece, Position, Step, Stop
+from broker_nb.backends.driver import Batch, Browser, Driver, Effect, Facts, Piece, Position, Step, Stop
 from broker_nb.portable.look import refuse_effects
 from broker_nb.portable.loop import anywhere
 from broker_nb.portable.turnstile import Turnstile
@@ -25,7 +26,7 @@ class Tail:
         self,
         driver: Driver,
         facts: Facts,
-        bounds: Sequence[Bounds],
+        at: Mapping[int, Position],
         want: frozenset[str],
         committed_only: bool,
         allow: Collection[Effect],
@@ -35,7 +36,7 @@ class Tail:
         self._driver, self._topic = driver, facts.entity
         self._want, self._committed_only, self._allow = want, committed_only, frozenset(allow)
         self._slice = driver.capabilities.slice_s
-        self._at: dict[int, Position] = {b.partition: b.low if b.end is None else b.end for b in bounds}
+        self._at = dict(at)
         self._browser: Browser | None = None
         self._turnstile = Turnstile()
         self._step: Step | None = None  # read, and not handed out because the caller was cancelled
@@ -104,4 +105,9 @@ async def open_tail(
     """
     refuse_effects(facts, allow)
     bounds = await driver.bounds(facts.entity, committed_only)
-    return Tail(driver, facts, bounds, want, committed_only, allow)
+    now = time.time_ns()
+    unknown = {b.partition: now for b in bounds if b.end is None}
+    known = {b.partition: b.end or b.low for b in bounds}
+    found = await driver.locate(facts.entity, unknown) if unknown else {}
+    at = {partition: found.get(partition) or place for partition, place in known.items()}
+    return Tail(driver, facts, at, want, committed_only, allow)
