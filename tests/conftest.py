@@ -91,3 +91,9 @@ def kafka_url(pytestconfig: pytest.Config) -> str:
 def nats_url(pytestconfig: pytest.Config) -> str:
     """A NATS server with JetStream of this run, shared by its tests: use streams and subjects of your own."""
     return server_url(pytestconfig, "nats")
+
+
+@pytest.fixture(scope="session")
+def pubsub_url(pytestconfig: pytest.Config) -> str:
+    """Google's fake Pub/Sub of this run, shared by its tests: use projects of your own."""
+    return server_url(pytestconfig, "pubsub")

@@ -330,7 +330,7 @@ def up(*arguments: object) -> tuple[subprocess.Popen[str], str]:
         line = program.stdout.readline()
         assert line, program.stderr.read()
         printed += line
-    return program, re.search(r"^  %broker connect (\w+://127\.0\.0\.1:\d+)$", printed, re.M)[1]
+    return program, re.search(r"^  %broker connect (\w+://127\.0\.0\.1:\d+\S*)$", printed, re.M)[1]
 
 
 @slow
