@@ -23,16 +23,16 @@ from broker_nb.portable.host import ConnectionHost
 class Bed:
     """One server, and a project of its own there."""
 
-    def __init__(self, address: str) -> None:
-        self.project = f"test-{uuid.uuid4().hex[:12]}"
+    def __init__(self, address: str, project: str = "") -> None:
+        self.project = project or f"test-{uuid.uuid4().hex[:12]}"
         channel = grpc.insecure_channel(address)
         self.publisher = PublisherClient(transport=PublisherGrpcTransport(channel=channel))
         self.subscriber = SubscriberClient(transport=SubscriberGrpcTransport(channel=channel))
         self.url = f"pubsub://{address}/{self.project}"
 
-    def topic(self, **settings: Any) -> str:
+    def topic(self, name: str = "", **settings: Any) -> str:
         """A new topic; its name."""
-        name = f"topic-{uuid.uuid4().hex[:12]}"
+        name = name or f"topic-{uuid.uuid4().hex[:12]}"
         self.publisher.create_topic(Topic(name=self.topic_path(name), **settings))
         return name
 

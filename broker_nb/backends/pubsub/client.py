@@ -66,7 +66,9 @@ def kind_of(error: GoogleAPICallError | GoogleAuthError) -> ErrorKind:
 
 def was_not_sent(error: GoogleAPICallError) -> bool:
     """Whether a call failed because there was no connection to send it on."""
-    return bool(re.search(r"failed to connect|name resolution failed|DNS|metadata from plugin failed", error.message or "", re.I))
+    return bool(
+        re.search(r"failed to connect|resolving|resolution failed|metadata from plugin failed", error.message or "", re.I)
+    )
 
 
 def failure(host: Host, entity: str, error: GoogleAPICallError | GoogleAuthError) -> BrokerError:

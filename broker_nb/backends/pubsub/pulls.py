@@ -82,5 +82,4 @@ class Pulls:
         self.closed = True
         if self._timer is not None:
             self._timer.cancel()
-        if self._request is not None:
-            self._request.cancel()  # kept: whoever waits for it sees it end
+        self.give_up()
