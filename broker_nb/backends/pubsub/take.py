@@ -164,7 +164,8 @@ class PubsubSource:
             raise failed
         for ack_id in gone:
             until.pop(ack_id, None)
-        return [until.get(str(token)) for token in tokens]
+        ours = set(alive) - gone
+        return [until[str(token)] if token in ours else None for token in tokens]
 
     async def commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
         raise self._no_log()
