@@ -197,7 +197,8 @@ def connect(
     Parameters
     ----------
     url
-        "demo" (an embedded broker with made-up orders), "inmem://name", "kafka://host:port[,host:port]", "nats://[user@]host:port[,host:port]".
+        "demo" (an embedded broker with made-up orders), "inmem://name", "kafka://host:port[,host:port]", "nats://[user@]host:port[,host:port]",
+        "pubsub://PROJECT", "pubsub://host:port/PROJECT" (an emulator).
     name
         What to call it; the same name replaces (and closes) an earlier connection.
     timeout

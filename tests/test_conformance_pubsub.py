@@ -21,8 +21,6 @@ class PubsubHarness(Harness):
     redelivery_s = 12.0  # this server extends leases that are over
     never = {  # noqa: RUF012 - never changed
         "partitions": "a topic has none",
-        "order": "messages without a key come in any order",
-        "look": "only through a temporary subscription, and without proof of an end",
         "begin": "the broker has no transactions",
         "max_message_bytes": "one limit for the whole service: test_pubsub_write.py",
         "Stop.DRY": "the service does not tell that there is nothing more",

@@ -66,7 +66,5 @@ def test_containers_listen_on_this_machine_only() -> None:
 
 
 def test_importing_the_package_imports_no_client_and_no_frame_library() -> None:
-    code = (
-        "import sys, broker_nb; print(*{'confluent_kafka', 'pandas', 'pyarrow', 'duckdb', 'orjson', 'IPython'} & {*sys.modules})"
-    )
+    code = "import sys, broker_nb; print(*{'confluent_kafka', 'grpc', 'pandas', 'pyarrow', 'duckdb', 'orjson', 'IPython'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -23,7 +23,7 @@ from broker_nb.testing.suites import ALL
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "build" / "conformance.json"  # of the last `make test`
 MARKS = "<!-- made by `make docs` -->\n", "<!-- end of what `make docs` made -->\n"
-NAMES = {"inmem": "embedded (`demo`, `inmem://`)", "kafka": "Kafka", "nats": "NATS JetStream"}
+NAMES = {"inmem": "embedded (`demo`, `inmem://`)", "kafka": "Kafka", "nats": "NATS JetStream", "pubsub": "Google Pub/Sub"}
 STATES = {"pass": "pass", "notyet": "not yet", "never": "never", "fail": "FAILED"}
 WORDS = {
     "families": "taken as",
@@ -42,6 +42,8 @@ WORDS = {
     "null_attributes": "null attribute values",
     "repeated_attributes": "repeated attribute names",
     "transactions": "transactions",
+    "look": "looks without any effect",
+    "order": "order of messages without a key",
     "messages": "messages settled one by one",
     "records": "a group's position in a log",
 }
@@ -96,11 +98,15 @@ def _headers(able: Capabilities) -> Iterable[str]:
 
 
 ROWS = (
-    Row("`topics`, `sample`: look without any effect", (), ("Looking nothing_changes", "Looking a_missing_topic_is_not_made")),
-    Row("newest / oldest N, positions, times, `where` in SQL", (), ("Tails a_range_inside_a_batch", "Tails times")),
+    Row(
+        "`topics`, `sample`: look without any effect",
+        ("look",),
+        ("Looking nothing_changes", "Looking a_missing_topic_is_not_made"),
+    ),
+    Row("newest / oldest N, positions, times, `where` in SQL", ("look",), ("Tails a_range_inside_a_batch", "Tails times")),
     Row(
         "a look proves that it is complete, or says why not",
-        (),
+        ("look",),
         ("Tails the_end_is_fixed_at_the_start", "Tails a_dying_broker", "Tails rows_that_aged_out", "Tails stopped_early"),
     ),
     Row(
@@ -210,11 +216,15 @@ def of_what() -> str:
     changed = ", with changes that were not committed" if git("status", "--porcelain", *code) else ""
     if int(git("log", "-1", "--format=%ct", *code)) > RESULTS.stat().st_mtime:
         raise Unproven(f"{RESULTS.relative_to(ROOT)} is older than the code: run `make test` first")
+    modules = (ROOT / "broker_nb" / "testing" / "servers" / "pubsub" / "go.mod").read_text("utf-8")
+    pstest = modules.partition("go/pubsub/v2 v")[2].split()[0]
     against = [
         f"Apache Kafka {locked('kafka')['version']} with confluent-kafka {importlib.metadata.version('confluent-kafka')}",
         f"nats-server {locked('nats')['go'].partition('@v')[2]} with nats-py {importlib.metadata.version('nats-py')}",
+        f"Google's pstest {pstest} with google-cloud-pubsub {importlib.metadata.version('google-cloud-pubsub')}",
     ]
-    return f"From a run of these suites at {git('log', '-1', '--format=%h of %cs', *code)}{changed}, against\n{' and '.join(against)}."
+    servers = ",\n".join(against)
+    return f"From a run of these suites at {git('log', '-1', '--format=%h of %cs', *code)}{changed}, against\n{servers}."
 
 
 def count(cases: Mapping[str, Mapping[str, str]]) -> str:

@@ -48,6 +48,8 @@ class PubsubDriver:
         concurrent_settle=True,
         release_delay=True,
         never={
+            "look": "only through a temporary subscription, where you allow that by name, and without proof of an end",
+            "order": "messages without a key come in any order",
             "records": "Pub/Sub settles message by message and has no positions",
             "reject": "no call for it: a dead-letter policy takes what was nacked too often",
             "settle_before_pull": "messages of one pull may be settled at any time",

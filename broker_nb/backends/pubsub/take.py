@@ -25,6 +25,7 @@ log = logging.getLogger("broker_nb.pubsub")
 
 SHORTEST_S, LONGEST_S = 10, 600  # of a lease, by the service
 _CLOSE_S = 1.0
+_ON_THE_WAY_S = 0.2  # a lease begins when the service hands the message over, a moment before it is here
 
 
 class _Leased(Pulls):
@@ -36,7 +37,7 @@ class _Leased(Pulls):
         self.until: dict[str, float] = {}  # ack id -> time.monotonic(), of everything not settled
 
     def arrived(self, rows: list[Any]) -> None:
-        until = time.monotonic() + self._seconds
+        until = time.monotonic() + self._seconds - _ON_THE_WAY_S
         self.until.update((row.ack_id, until) for row in rows)
         super().arrived(rows)
 
