@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -66,13 +67,14 @@ async def why(call):
 
 
 # ------------------------------------------------------------------ connecting
-def test_nobody_listens():
+def test_nobody_listens(capfd):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{held.getsockname()[1]}"
         text = refused(ErrorKind.UNREACHABLE, f"pubsub://{address}/{PROJECT}")
     assert address in text
     assert "is the address right" in text
+    assert capfd.readouterr() == ("", "")
 
 
 def test_somebody_listens_and_says_nothing():
@@ -91,6 +93,7 @@ def test_host_that_does_not_resolve():
         ("pubsub://a,b", {}, "write pubsub://PROJECT"),
         ("pubsub://ann@a", {}, "write pubsub://PROJECT"),
         ("pubsub://127.0.0.1:8085/a/b", {}, "write pubsub://PROJECT"),
+        ("pubsub://127.0.0.1:8085/p", {"service_account_file": "x"}, "an emulator takes no option 'service_account_file'"),
         ("pubsub://a", {"emulator": "x"}, "no option 'emulator'; there are: api_endpoint, credentials, project"),
         ("pubsub://a", {"credentials": "text"}, "credentials is a str; give an object of google.auth"),
         ("pubsub://", {"credentials": AnonymousCredentials()}, "no project is named"),
@@ -188,6 +191,24 @@ def test_a_token_that_expires_meanwhile(standin):
         return outcome.error
 
     assert on(standin.url, body) is None
+
+
+def test_credentials_that_are_looked_for_in_vain(monkeypatch):
+    """A metadata server that does not answer."""
+    monkeypatch.setattr("google.auth.default", lambda: time.sleep(1))
+    assert "no credentials were found within 0.2 s" in refused(ErrorKind.AUTH, f"pubsub://{PROJECT}", 3, timeout=0.2)
+
+
+def test_who_may_not_list_subscriptions_sees_topics(standin, caplog):
+    standin.topic("orders")
+    standin.guard = lambda m, r: (StatusCode.PERMISSION_DENIED, "no") if m == "ListSubscriptions" else None
+
+    async def body(opened):
+        return [e.name async for e in opened.entities()]
+
+    with caplog.at_level(logging.WARNING, "broker_nb.pubsub"):
+        assert on(standin.url, body) == ["orders"]
+    assert "subscriptions are not in the list" in caplog.text
 
 
 def test_who_may_not_list_topics_is_connected(standin):

@@ -228,5 +228,28 @@ def test_nobody_listens_any_more():
     assert {r.error.kind for r in results} == {ErrorKind.UNREACHABLE}
 
 
+def test_closed_in_the_middle(standin):
+    """What was under way is unknown, the rest is refused, and nobody is cancelled."""
+
+    async def go():
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+        def slow(asked, context):
+            loop.call_soon_threadsafe(begun.set)
+            standin.changed.wait(0.5)
+            context.abort(StatusCode.INTERNAL, "too late")
+
+        standin.publish = slow
+        async with driver(standin.url) as opened:
+            sender = await opened.sender(of_topic("orders"), {})
+            sending = asyncio.ensure_future(sender.send([Outbound(b"%d" % i, b"k") for i in range(1500)]))
+            await begun.wait()
+        return await sending
+
+    results = run(go())
+    assert states(results) == [UNKNOWN] * 1000 + [REFUSED] * 500
+    assert {r.error.kind for r in results} == {ErrorKind.CLOSED}
+
+
 def test_nothing_to_send(bed):
     assert send(bed.url, bed.topic(), []) == [[]]

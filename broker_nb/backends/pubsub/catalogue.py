@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +24,8 @@ from broker_nb.backends.driver import (
 from broker_nb.backends.pubsub.client import Clients
 from broker_nb.backends.pubsub.codec import PARTITION
 from broker_nb.errors import BrokerError, ErrorKind
+
+log = logging.getLogger("broker_nb.pubsub")
 
 LOOK_LABEL = "broker_nb"  # of temporary subscriptions; its value is "look"
 MAX_BYTES = 10_000_000  # of a message, and of a request: a limit of the service
@@ -82,7 +85,14 @@ class Catalogue:
         async for topic in await self._list("list_topics", self._clients.publisher):
             if fnmatchcase(name := self._names.short(topic.name), pattern or "*"):
                 yield Entity(Kind.TOPIC, name)
-        async for found in await self._list("list_subscriptions", self._clients.subscriber):
+        try:
+            subscriptions = await self._list("list_subscriptions", self._clients.subscriber)
+        except BrokerError as error:
+            if error.kind is not ErrorKind.PERMISSION:
+                raise
+            log.warning("subscriptions are not in the list: %s", error)
+            return
+        async for found in subscriptions:
             topic = self._names.short(found.topic)
             if fnmatchcase(topic, pattern or "*") and LOOK_LABEL not in found.labels:
                 yield Entity(Kind.SUBSCRIPTION, self._names.short(found.name), topic)

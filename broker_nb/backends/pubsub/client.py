@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Awaitable, Mapping
@@ -92,6 +93,11 @@ def failure(host: Host, entity: str, error: GoogleAPICallError | GoogleAuthError
     return host.error(kind, entity, f"{entity}: {text}", retryable=kind in _RETRYABLE)
 
 
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()  # not known to a frame that an exception keeps: it would know the exception, and so itself
+    return task is not None and task.cancelling() > 0
+
+
 class Names:
     """Short names <-> the paths that Pub/Sub knows things by. What is in another project keeps its path."""
 
@@ -134,6 +140,8 @@ class Settings:
             raise self._bad("write pubsub://PROJECT, or pubsub://host:port/PROJECT for an emulator")
         if hosts and not path and ":" in hosts[0]:
             raise self._bad(f"the project is missing; write pubsub://{hosts[0]}/PROJECT")
+        if path and self._options:
+            raise self._bad(f"an emulator takes no option {min(self._options)!r}; leave it out, or write pubsub://PROJECT")
 
     def _bad(self, text: str) -> BrokerError:
         return self._host.error(ErrorKind.INVALID, "pubsub", f"pubsub: {text}")
@@ -213,10 +221,19 @@ class Clients:
         """How a call that should answer at once is made: the clients' own retries go on for a minute."""
         return {"retry": None, "timeout": self.timeout}
 
+    async def run(self, call: Awaitable[T]) -> T:
+        """The answer of a call, which grpc cancels when the channel is closed: that is no cancellation of whoever waits."""
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if not self.closed or _is_cancelled():
+                raise
+            raise self._is_closed() from None
+
     async def ask(self, entity: str, call: Awaitable[T]) -> T:
         """The answer of a call; its error as ours."""
         try:
-            return await call
+            return await self.run(call)
         except (GoogleAPICallError, GoogleAuthError) as error:
             raise failure(self.host, entity, error) from error
 

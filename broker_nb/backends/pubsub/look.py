@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import socket
 import time
@@ -55,6 +56,7 @@ class Looks:
     def __init__(self, clients: Clients, catalogue: Catalogue) -> None:
         self._clients, self._catalogue = clients, catalogue
         self._open: list[PubsubBrowser] = []
+        self._swept = -math.inf
 
     async def browse(self, topic: Topic, name: str, pieces: Sequence[Piece]) -> PubsubBrowser:
         """Make one, put it back to where the pieces begin, and read from it."""
@@ -82,7 +84,10 @@ class Looks:
         return browser
 
     async def _sweep(self) -> None:
-        """Delete what looks of ours left behind that were killed."""
+        """Delete what looks of ours left behind that were killed; looked for once an hour."""
+        if time.monotonic() - self._swept < STALE_S:
+            return
+        self._swept = time.monotonic()
         try:
             found = await self._catalogue.look_subscriptions()
             stale = [s.name for s in found if s.labels.get("owner") == owner() and _age_s(s.labels) > STALE_S]

@@ -64,7 +64,7 @@ class Pulls:
     async def _ask(self, rows: int) -> None:
         request = PullRequest(subscription=self._path, max_messages=rows)
         try:
-            answer = await self._clients.subscriber.pull(request, retry=None, timeout=_REQUEST_S)
+            answer = await self._clients.run(self._clients.subscriber.pull(request, retry=None, timeout=_REQUEST_S))
         except DeadlineExceeded:  # that is how the service says that nothing came
             return
         except (GoogleAPICallError, GoogleAuthError) as error:

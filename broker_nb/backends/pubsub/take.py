@@ -113,10 +113,10 @@ class PubsubSource:
         try:
             if seconds is None:
                 done = AcknowledgeRequest(subscription=self._path, ack_ids=ack_ids)
-                await client.acknowledge(done, **self._clients.bounded)
+                await self._clients.run(client.acknowledge(done, **self._clients.bounded))
             else:
                 later = ModifyAckDeadlineRequest(subscription=self._path, ack_ids=ack_ids, ack_deadline_seconds=seconds)
-                await client.modify_ack_deadline(later, **self._clients.bounded)
+                await self._clients.run(client.modify_ack_deadline(later, **self._clients.bounded))
         except (GoogleAPICallError, GoogleAuthError) as error:
             cause = failure(self._clients.host, self._name, error)
             said = getattr(error, "metadata", None) or {}

@@ -39,6 +39,12 @@ class _Sending:
         self.results: list[SendResult | None] = [None] * len(rows)
         self.halt: BrokerError | None = None  # why nothing more is tried
 
+    def end(self, rows: Sequence[int], state: Sent, cause: BrokerError) -> None:
+        """These rows failed for a reason that is not theirs: nothing more is tried."""
+        for i in rows:
+            self.results[i] = SendResult(state, error=cause)
+        self.halt = self.halt or cause
+
     def chains(self) -> deque[list[int]]:
         """What must follow each other: the rows of a key; of those without, handfuls."""
         by_key: dict[bytes, list[int]] = {}
@@ -146,12 +152,19 @@ class PubsubSender:
     async def _publish(self, sending: _Sending, some: Sequence[int], request: Any, size: int) -> None:
         timeout = 2 * self._clients.timeout + size / _SLOW_LINE
         try:
-            answer = await self._clients.publisher.publish(PublishRequest.wrap(request), retry=None, timeout=timeout)
+            call = self._clients.publisher.publish(PublishRequest.wrap(request), retry=None, timeout=timeout)
+        except BrokerError as error:  # the connection was closed meanwhile
+            sending.end(some, Sent.REFUSED, error)
+            return
+        try:
+            answer = await self._clients.run(call)
+        except BrokerError as error:  # closed while it was under way
+            sending.end(some, Sent.UNKNOWN, error)
         except (GoogleAPICallError, GoogleAuthError) as error:
             await self._failed(sending, some, error)
-            return
-        for i, message_id in zip(some, answer.message_ids, strict=True):
-            sending.results[i] = SendResult(Sent.ACCEPTED, message_id)
+        else:
+            for i, message_id in zip(some, answer.message_ids, strict=True):
+                sending.results[i] = SendResult(Sent.ACCEPTED, message_id)
 
     async def _failed(self, sending: _Sending, some: Sequence[int], error: GoogleAPICallError | GoogleAuthError) -> None:
         kind, cause = kind_of(error), failure(self._clients.host, self._topic, error)
@@ -159,10 +172,10 @@ class PubsubSender:
             await self._send_chain(sending, some, (len(some) + 1) // 2)
             return
         unsure = kind in _UNSURE and not (isinstance(error, GoogleAPICallError) and was_not_sent(error))
-        for i in some:
-            sending.results[i] = SendResult(Sent.UNKNOWN if unsure else Sent.REFUSED, error=cause)
-        if kind not in _ROW_ONLY:
-            sending.halt = sending.halt or cause
+        if kind in _ROW_ONLY:
+            sending.results[some[0]] = SendResult(Sent.REFUSED, error=cause)
+        else:
+            sending.end(some, Sent.UNKNOWN if unsure else Sent.REFUSED, cause)
 
     async def close(self) -> None:
         self._closed = True
