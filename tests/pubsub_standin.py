@@ -58,7 +58,7 @@ class Queue:
 class StandIn:
     """A server in this process; leave the context to end it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: grpc.ServerCredentials | None = None) -> None:
         self.topics: dict[str, t.Topic] = {}
         self.logs: dict[str, list[t.PubsubMessage]] = collections.defaultdict(list)
         self.queues: dict[str, Queue] = {}
@@ -73,7 +73,8 @@ class StandIn:
             handlers = {name: self._handler(name, request) for name, request in methods.items()}
             generic = grpc.method_handlers_generic_handler(f"google.pubsub.v1.{service}", handlers)
             self._server.add_generic_rpc_handlers((generic,))
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = self._server.add_secure_port("127.0.0.1:0", tls) if tls else self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
         self.url = f"pubsub://{self.address}/{PROJECT}"
         self._server.start()
 
