@@ -1,5 +1,8 @@
 """What becomes of single messages with exactly-once delivery, which only the stand-in says."""
 
+import asyncio
+import time
+
 import pytest
 from grpc import StatusCode
 from pubsub_bed import of, on, pulled, taking, verdicts
@@ -86,6 +89,31 @@ def test_a_call_that_fails_as_a_whole(standin, code, state):
         assert [o.state for o in await source.settle(verdicts(tokens))] == [Settled.CONFIRMED] * 3, "nothing was lost by it"
 
     with_three(standin, body)
+
+
+def test_a_pull_while_leases_are_extended(standin):
+    """It forgets what is over, and nothing else."""
+
+    async def go(opened):
+        source = await opened.subscribe(of("orders", "debug"), taking(max_held=3))
+        _, tokens = await pulled(source, 3)
+        real = standin.modify_ack_deadline
+
+        def slow(asked, context):
+            standin.changed.wait(0.2)
+            return real(asked, context)
+
+        standin.modify_ack_deadline = slow
+        extending = asyncio.ensure_future(source.extend(tokens, 30))
+        await asyncio.sleep(0.05)
+        with pytest.raises(BrokerError) as caught:
+            await source.pull(1, 1, 0)
+        assert caught.value.kind is ErrorKind.NO_CREDIT
+        deadlines = await extending
+        assert [source._pulls.until[token] for token in tokens] == deadlines
+        assert min(deadlines) > time.monotonic() + 20
+
+    on(standin.url, go)
 
 
 def test_extending(standin):

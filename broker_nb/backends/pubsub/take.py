@@ -44,7 +44,8 @@ class _Leased(Pulls):
     def drop_expired(self) -> None:
         """Forget what is no longer ours."""
         now = time.monotonic()
-        self.until = {ack_id: until for ack_id, until in self.until.items() if until > now}
+        for ack_id in [ack_id for ack_id, until in self.until.items() if until <= now]:
+            del self.until[ack_id]
         while self.ready and self.ready[0].ack_id not in self.until:
             self.ready.popleft()
 
@@ -150,7 +151,7 @@ class PubsubSource:
         alive = [str(token) for token in tokens if until.get(str(token), 0.0) > time.monotonic()]
         for at in range(0, len(alive), GROUP):
             group, now = alive[at : at + GROUP], time.monotonic()
-            wanted = max(seconds, *(until[ack_id] - now for ack_id in group))  # none is shortened
+            wanted = max(seconds, *(until.get(ack_id, now) - now for ack_id in group))  # none is shortened
             given = min(max(SHORTEST_S, math.ceil(wanted)), LONGEST_S)
             outcomes = await self._tell(group, given)
             answered = time.monotonic()
@@ -166,7 +167,7 @@ class PubsubSource:
         for ack_id in gone:
             until.pop(ack_id, None)
         ours = set(alive) - gone
-        return [until[str(token)] if token in ours else None for token in tokens]
+        return [until.get(str(token)) if token in ours else None for token in tokens]
 
     async def commit(self, positions: Mapping[int, Position]) -> Mapping[int, Outcome]:
         raise self._no_log()
