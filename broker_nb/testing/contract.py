@@ -181,7 +181,8 @@ async def steps(
     """Every step of a look, until each piece was read to its end or stopped."""
     entity, driver = Entity(Kind.TOPIC, topic), bench.client.driver
     pieces = pieces or [Piece(b.partition, b.low, b.end) for b in await driver.bounds(entity, committed_only)]
-    look = await driver.browse(entity, pieces, COLUMNS, committed_only, frozenset(), digest)
+    effects = (await driver.facts(entity)).look.effects
+    look = await driver.browse(entity, pieces, COLUMNS, committed_only, effects, digest)
     found: list[Step] = []
     ends = {p.partition: p.end for p in pieces if p.end is None or p.start < p.end}
     until = time.monotonic() + 10
