@@ -41,6 +41,15 @@ def states(results):
     return [result.state for result in results]
 
 
+def refusing(code, part):
+    """A guard that refuses requests with a body that has `part` in it."""
+
+    def guard(method, request):
+        return (code, "schema") if method == "Publish" and any(part in m.data for m in request.messages) else None
+
+    return guard
+
+
 def attribute(value, type_="str", name="a"):
     return (Attribute(name, value, type_),)
 
@@ -153,11 +162,9 @@ def test_a_large_message_goes_alone(standin):
     assert states(results) == [ACCEPTED] * 3
 
 
-@pytest.mark.parametrize("code", [StatusCode.INVALID_ARGUMENT, StatusCode.FAILED_PRECONDITION])
-def test_a_request_that_is_refused_for_one_row(standin, code):
+def test_a_request_that_is_refused_for_one_row(standin):
     """As one that a schema does not take: that row is refused, later ones of its key are held back, the others are sent, once."""
-    bad = lambda m, r: (code, "schema") if m == "Publish" and any(b"bad" in x.data for x in r.messages) else None  # noqa: E731 (short)
-    standin.guard = bad
+    standin.guard = refusing(StatusCode.INVALID_ARGUMENT, b"bad")
     rows = [Outbound(b"bad" if i in (57, 630) else b"%03d" % i, b"k" if i >= 600 else None) for i in range(700)]
     (results,) = send(standin.url, "orders", rows)
     assert [i for i, r in enumerate(results) if r.state is not ACCEPTED] == [57, *range(630, 700)]
@@ -177,11 +184,19 @@ def test_one_that_is_too_large_for_the_server(bed):
     assert sorted(m.message.data for m in bed.pull(name)) == [b"1", b"3", b"4"]
 
 
+def test_many_bad_rows_are_not_tried_one_by_one_for_ever(standin):
+    """A topic that takes none of them: after a hundred the send ends, and says why."""
+    standin.guard = refusing(StatusCode.INVALID_ARGUMENT, b"")
+    (results,) = send(standin.url, "orders", [Outbound(b"%d" % i) for i in range(1500)])
+    assert states(results) == [REFUSED] * 1500
+    assert len(standin.names("Publish")) < 500
+    assert sum("nothing more was tried" in str(r.error) for r in results) > 1000
+
+
 # ------------------------------------------------------------------ failures
 def test_a_key_that_failed_goes_on_with_the_next_send(standin):
     """Nothing is left paused, as it is with the client's own publisher until `resume_publish`."""
-    first = lambda m, r: (StatusCode.INVALID_ARGUMENT, "no") if m == "Publish" and r.messages[0].data == b"1" else None  # noqa: E731 (short)
-    standin.guard = first
+    standin.guard = refusing(StatusCode.INVALID_ARGUMENT, b"1")
     one, two = send(
         standin.url, "orders", [Outbound(b"1", b"k"), Outbound(b"2", b"k")], [Outbound(b"2", b"k"), Outbound(b"3", b"k")]
     )
@@ -201,6 +216,7 @@ def test_a_key_that_failed_goes_on_with_the_next_send(standin):
         (StatusCode.PERMISSION_DENIED, REFUSED, ErrorKind.PERMISSION),
         (StatusCode.UNAUTHENTICATED, REFUSED, ErrorKind.AUTH),
         (StatusCode.NOT_FOUND, REFUSED, ErrorKind.NOT_FOUND),
+        (StatusCode.FAILED_PRECONDITION, REFUSED, ErrorKind.CONFLICT),
         (StatusCode.RESOURCE_EXHAUSTED, REFUSED, ErrorKind.THROTTLED),
     ],
 )

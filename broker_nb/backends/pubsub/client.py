@@ -41,7 +41,7 @@ _KINDS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: ErrorKind.TIMEOUT,
     grpc.StatusCode.INVALID_ARGUMENT: ErrorKind.INVALID,
     grpc.StatusCode.OUT_OF_RANGE: ErrorKind.INVALID,
-    grpc.StatusCode.FAILED_PRECONDITION: ErrorKind.INVALID,
+    grpc.StatusCode.FAILED_PRECONDITION: ErrorKind.CONFLICT,
     grpc.StatusCode.ALREADY_EXISTS: ErrorKind.CONFLICT,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorKind.THROTTLED,
     grpc.StatusCode.UNIMPLEMENTED: ErrorKind.UNSUPPORTED,

@@ -23,6 +23,7 @@ from broker_nb.errors import BrokerError, ErrorKind
 ROWS, BYTES = 1000, 1_000_000
 """Of one request: the most that the service takes, and what the client's own batches hold."""
 _LANES = 4  # requests under way
+_REFUSALS = 100  # single rows that the service may refuse before a send ends
 _SLOW_LINE = 125_000  # bytes per second that a line has at least
 _ROW_ONLY = frozenset({ErrorKind.INVALID, ErrorKind.TOO_LARGE})  # the service refuses the whole request for one such row
 _UNSURE = frozenset({ErrorKind.TIMEOUT, ErrorKind.TRANSIENT, ErrorKind.UNKNOWN})
@@ -37,6 +38,7 @@ class _Sending:
     def __init__(self, rows: Sequence[Outbound]) -> None:
         self.rows = rows
         self.results: list[SendResult | None] = [None] * len(rows)
+        self.refused = 0  # by the service, each in a request of its own
         self.halt: BrokerError | None = None  # why nothing more is tried
 
     def end(self, rows: Sequence[int], state: Sent, cause: BrokerError) -> None:
@@ -174,6 +176,10 @@ class PubsubSender:
         unsure = kind in _UNSURE and not (isinstance(error, GoogleAPICallError) and was_not_sent(error))
         if kind in _ROW_ONLY:
             sending.results[some[0]] = SendResult(Sent.REFUSED, error=cause)
+            sending.refused += 1
+            if sending.refused >= _REFUSALS:  # it is not about single rows
+                text = f"{self._topic}: {sending.refused} messages were refused, the last: {cause}; nothing more was tried"
+                sending.halt = sending.halt or self._clients.host.error(kind, self._topic, text)
         else:
             sending.end(some, Sent.UNKNOWN if unsure else Sent.REFUSED, cause)
 
