@@ -22,9 +22,9 @@ from broker_nb.errors import BrokerError, ErrorKind
 
 ROWS, BYTES = 1000, 1_000_000
 """Of one request: the most that the service takes, and what the client's own batches hold."""
-_LANES = 4  # requests under way
+_LANES = 8  # requests under way, which share the line
 _REFUSALS = 100  # single rows that the service may refuse before a send ends
-_SLOW_LINE = 125_000  # bytes per second that a line has at least
+_SLOW_LINE = 125_000  # bytes per second that it has at least
 _ROW_ONLY = frozenset({ErrorKind.INVALID, ErrorKind.TOO_LARGE})  # the service refuses the whole request for one such row
 _UNSURE = frozenset({ErrorKind.TIMEOUT, ErrorKind.TRANSIENT, ErrorKind.UNKNOWN})
 _BYTES = (bytes, type(None))
@@ -152,7 +152,7 @@ class PubsubSender:
         return chain[:count], request, size
 
     async def _publish(self, sending: _Sending, some: Sequence[int], request: Any, size: int) -> None:
-        timeout = 2 * self._clients.timeout + size / _SLOW_LINE
+        timeout = 2 * self._clients.timeout + _LANES * size / _SLOW_LINE
         try:
             call = self._clients.publisher.publish(PublishRequest.wrap(request), retry=None, timeout=timeout)
         except BrokerError as error:  # the connection was closed meanwhile
