@@ -226,7 +226,7 @@ class Client:
 
             made: MessageSubscription | RecordSubscription
             if taking.family is Family.MESSAGE:
-                made = MessageSubscription(name, self.driver.capabilities, facts, source, hold)
+                made = MessageSubscription(name, self.driver.capabilities, facts, source, hold, max_held)
             else:
                 made = RecordSubscription(name, self.driver.capabilities, facts, source)
             await made.start()

@@ -90,6 +90,8 @@ class MessageSubscription(Subscription[Message]):
     ----------
     hold
         Seconds after delivery until which rows are kept for the caller; then they are given back.
+    max_held
+        With that many rows held no further source is opened, where each takes nothing more before its rows are settled.
     """
 
     def __init__(
@@ -99,12 +101,14 @@ class MessageSubscription(Subscription[Message]):
         facts: Facts,
         open_source: Callable[[], Coroutine[Any, Any, Source]],
         hold: float,
+        max_held: int = 1000,
     ) -> None:
         if facts.lease is None:
             raise BrokerError(ErrorKind.UNSUPPORTED, name, f"{name} is a log: its rows are committed, not acked one by one")
         super().__init__(name, capabilities, facts, open_source)
         self.terms = facts.lease
         self.hold = hold
+        self._max_held = max_held
         self._known: dict[int, Delivery] = {}
         self._by_token: dict[Token, Delivery] = {}
         self._keeper = LeaseKeeper(self)
@@ -147,7 +151,7 @@ class MessageSubscription(Subscription[Message]):
             for handle in self._handles:
                 if not (self._capabilities.settle_before_pull and handle.held):
                     return handle
-            if len(self._handles) >= MAX_LANES:
+            if len(self._handles) >= MAX_LANES or self.held_count >= self._max_held:
                 raise BrokerError(
                     ErrorKind.NO_CREDIT,
                     self.name,

@@ -247,7 +247,7 @@ class InmemDriver:
     async def subscribe(self, subscription: Entity, options: TakeOptions) -> Source:
         with self._call("subscribe", subscription.name):
             topic = self._parent(subscription)
-            refuse_native(self.host, subscription.name, options.native)
+            self._check_native(subscription.name, options.native)
             if options.session is not None:
                 raise self.host.error(
                     ErrorKind.UNSUPPORTED, subscription.name, "the broker in memory has no sessions; leave it out"
@@ -265,6 +265,9 @@ class InmemDriver:
             found = self.broker.topic(topic.name)
             refuse_native(self.host, topic.name, native)
             return self._keep(self._sender(found))
+
+    def _check_native(self, subscription: str, native: Mapping[str, Any]) -> None:
+        refuse_native(self.host, subscription, native)
 
     def _browser(self, topic: Topic, pieces: Sequence[Piece], committed_only: bool) -> InmemBrowser:
         return InmemBrowser(self.broker, self.host, topic, pieces, committed_only)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from broker_nb.backends.driver import (
     Batch,
+    Codec,
     Event,
     Host,
     Outbound,
@@ -90,7 +91,7 @@ class InmemBrowser(Handle):
 
     def __init__(self, broker: InmemBroker, host: Host, topic: Topic, pieces: Sequence[Piece], committed_only: bool) -> None:
         super().__init__(broker, host, topic.name, topic)
-        self._codec = LogCodec(topic.name)
+        self._codec: Codec = LogCodec(topic.name)
         self._committed = committed_only
         self._at = {piece.partition: offset_of(piece.start) for piece in pieces}
         self._ends = {piece.partition: None if piece.end is None else offset_of(piece.end) for piece in pieces}
@@ -159,7 +160,7 @@ class QueueSource(InmemSource):
     def __init__(self, broker: InmemBroker, host: Host, queue: Queue, options: TakeOptions) -> None:
         super().__init__(broker, host, f"{queue.topic.name}/{queue.name}", queue.topic)
         self._queue = queue
-        self._codec = QueueCodec(queue.topic.name)
+        self._codec: Codec = QueueCodec(queue.topic.name)
         self.consumer = Consumer(
             options.max_held, lambda tokens: host.emit(Event("lost", tokens=frozenset[Token](tokens), handle=self))
         )
@@ -246,7 +247,7 @@ class GroupSource(InmemSource):
     def __init__(self, broker: InmemBroker, host: Host, group: Group, *, eager: bool = False) -> None:
         super().__init__(broker, host, f"{group.topic.name}/{group.name}", group.topic)
         self.group = group
-        self._codec = LogCodec(group.topic.name)
+        self._codec: Codec = LogCodec(group.topic.name)
         self.consumer = Member(lambda partitions: host.emit(Event("revoked", partitions=partitions, handle=self)), eager)
         group.join(self.consumer)
 

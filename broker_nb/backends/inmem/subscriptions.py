@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from broker_nb.backends.driver import Backlog, Family, Settled, Verdict
+from broker_nb.backends.driver import Backlog, Family, Settled, Token, Verdict
 from broker_nb.backends.inmem.log import Log, Row
 from broker_nb.errors import BrokerError, ErrorKind
 
@@ -69,6 +69,9 @@ class Queue:
         self.topic, self.name = topic, name
         self.ack_deadline, self.max_deliveries, self.ordered = ack_deadline, max_deliveries, ordered
         self.consumers: set[Consumer] = set()
+        self.archives = (
+            False  # a row that is rejected or was delivered too often goes nowhere, where there is no dead-letter topic
+        )
         self._next = {log.number: log.high if latest else log.low for log in topic.logs}
         self._turn = 0
         self._ready: deque[Delivery] = deque()
@@ -150,7 +153,7 @@ class Queue:
         lease = self._held.get(token)
         if lease is None or lease.owner is not owner:
             return Settled.LOST
-        if verdict is Verdict.REJECT and self.topic.dead_letter is None:
+        if verdict is Verdict.REJECT and not self._has_end:
             return Settled.REFUSED
         del self._held[token]
         owner.held -= 1
@@ -177,6 +180,19 @@ class Queue:
         # Longer leases are looked at again then; an entry whose rows were settled meanwhile does nothing.
         heapq.heappush(self._leases, (until, self.topic.broker.serials(1)[0], tuple(tokens)))
         return result
+
+    def holds(self, owner: Consumer, token: Token) -> bool:
+        """Whether the consumer still has that row."""
+        return isinstance(token, int) and token in self._held and self._held[token].owner is owner
+
+    def again(self, partition: int, start: int, stop: int, delay: float) -> None:
+        """Rows that were delivered and settled come once more, as if nobody had."""
+        known = [lease.delivery for lease in self._held.values()] + [*self._ready] + [entry[2] for entry in self._delayed]
+        out = {delivery.row.offset for delivery in known if delivery.row.partition == partition}
+        stop = min(stop, self._next[partition])
+        for row in self.topic.logs[partition].read(start, stop, stop, 1 << 62, committed=True).rows:
+            if row.offset not in out:
+                self._give_back(Delivery(row, 1), delay)
 
     def leave(self, owner: Consumer) -> None:
         """A consumer goes; what it still holds is free at once."""
@@ -206,7 +222,7 @@ class Queue:
         return min((heap[0][0] for heap in (self._leases, self._delayed) if heap), default=None)
 
     def _give_back(self, delivery: Delivery, delay: float) -> None:
-        if self.topic.dead_letter is not None and self.max_deliveries is not None and delivery.tries >= self.max_deliveries:
+        if self._has_end and self.max_deliveries is not None and delivery.tries >= self.max_deliveries:
             self._dead_letter(delivery, f"not acked in {delivery.tries} deliveries")
         elif delay > 0:
             broker = self.topic.broker
@@ -214,8 +230,13 @@ class Queue:
         else:
             self._ready.append(delivery)
 
+    @property
+    def _has_end(self) -> bool:
+        return self.archives or self.topic.dead_letter is not None
+
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
-        self.topic.bury(delivery.row, self.name, reason)
+        if self.topic.dead_letter is not None:
+            self.topic.bury(delivery.row, self.name, reason)
         if self.ordered:
             self._next_of_key(delivery.row.key)
 

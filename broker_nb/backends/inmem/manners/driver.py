@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from broker_nb.backends.driver import (
+    Backlog,
+    Bounds,
+    Browser,
+    Digest,
+    Effect,
     Entity,
     Facts,
     Family,
     Kind,
+    LeaseTerms,
     LookPlan,
     Piece,
+    Position,
     Source,
     TakeOptions,
     Transaction,
@@ -49,10 +57,59 @@ class MannerlyDriver(InmemDriver):
             facts,
             look=_POSITION if entity.kind is Kind.SUBSCRIPTION else self.manner.look,
             families=facts.families & families,
-            lease=facts.lease if Family.MESSAGE in families else None,
+            lease=self._lease(facts, topic, subscription) if Family.MESSAGE in families else None,
             dedupe=self.manner.dedupe,
-            dead_letter=None if self.manner.reject_is_final else facts.dead_letter,
+            dead_letter=None if self.manner.reject_is_final or self.manner.archives else facts.dead_letter,
         )
+
+    def _lease(self, facts: Facts, topic: Topic, subscription: Queue | Group | None) -> LeaseTerms | None:
+        manner, terms = self.manner, subscription if isinstance(subscription, Queue) else topic
+        return facts.lease and replace(
+            facts.lease,
+            seconds=facts.lease.seconds if manner.timed else None,
+            renewable=manner.timed and manner.renewable,
+            return_counts=not manner.uncounted or facts.dead_letter is not None,
+            max_deliveries=terms.max_deliveries if manner.archives else facts.lease.max_deliveries,
+        )
+
+    # -------------------------------------------------------------- places
+    async def backlog(self, entity: Entity) -> Sequence[Backlog]:
+        return [replace(b, committed=self._place(b.committed), end=self._place(b.end)) for b in await super().backlog(entity)]
+
+    async def bounds(self, topic: Entity, committed_only: bool) -> Sequence[Bounds]:
+        found = await super().bounds(topic, committed_only)
+        if not self.manner.places.sizes:
+            return [Bounds(b.partition, (), None) for b in found]
+        return [Bounds(b.partition, self._place(b.low) or (), self._place(b.end), self._place(b.high)) for b in found]
+
+    async def locate(self, topic: Entity, times_ns: Mapping[int, int]) -> Mapping[int, Position | None]:
+        found = await super().locate(topic, times_ns)
+        if not self.manner.places.sizes:
+            return {partition: (ns,) for partition, ns in times_ns.items()}  # a place is a moment
+        return {partition: self._place(at) for partition, at in found.items()}
+
+    def _place(self, at: Position | None) -> Position | None:
+        return None if at is None else self.manner.places.of(at[0]) or None
+
+    async def browse(
+        self,
+        topic: Entity,
+        pieces: Sequence[Piece],
+        want: frozenset[str],
+        committed_only: bool,
+        allow: frozenset[Effect],
+        digest: Digest | None = None,
+    ) -> Browser:
+        if missing := self.manner.look.effects - allow:
+            text = f"{topic.name} cannot be looked at without this: {'; '.join(effect.value for effect in missing)}"
+            raise self.host.error(ErrorKind.UNSUPPORTED, topic.name, text)
+        return await super().browse(topic, pieces, want, committed_only, allow, digest)
+
+    # -------------------------------------------------------------- taking
+    def _check_native(self, subscription: str, native: Mapping[str, Any]) -> None:
+        manner = self.manner
+        known = {manner.confirmed_by, manner.delay_by, manner.single_by} - {""}
+        super()._check_native(subscription, {name: value for name, value in native.items() if name not in known})
 
     async def subscribe(self, subscription: Entity, options: TakeOptions) -> Source:
         if options.family not in self.capabilities.families:
@@ -74,6 +131,9 @@ class MannerlyDriver(InmemDriver):
         return StrictBrowser(self.manner, self.broker, self.host, topic, pieces, committed_only)
 
     def _queue(self, queue: Queue, options: TakeOptions) -> StrictQueue:
+        queue.archives = self.manner.archives
+        if not self.manner.timed:
+            queue.ack_deadline = math.inf
         return StrictQueue(self.manner, self.broker, self.host, queue, options)
 
     def _group(self, group: Group) -> StrictGroup:

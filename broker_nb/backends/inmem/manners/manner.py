@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from broker_nb.backends.driver import Capabilities, Dedupe, LookPlan, Outbound
+from broker_nb.backends.inmem.manners.places import ONE_NUMBER, Places
 
 _HEADER = re.compile(r"[!-9;-~]+")
 _SETTLING = frozenset({"settle", "extend"})
@@ -29,7 +30,19 @@ class Manner:
     eager_groups: bool = False  # a member gives up all its partitions at each rebalance
     header_lines: bool = False  # keys and attributes are lines: names of printable ASCII without blanks and colons
     reject_is_final: bool = False  # a rejected row goes nowhere
+    archives: bool = False  # a row that is rejected or was delivered too often goes nowhere
     fixed_lease: bool = False  # extending begins the subscription's own lease anew, whatever time is asked for
+    renewable: bool = True
+    timed: bool = True  # else a row is held as long as its consumer lives
+    uncounted: bool = False  # giving back is counted only where there is a dead-letter topic
+    poll_rows: int = 0  # a pull brings that many rows at once, however few are asked for: the rest waits in the handle
+    by_partition: bool = False  # the rows of a partition that are settled together fare alike
+    unordered: bool = False  # rows come in any order
+    places: Places = ONE_NUMBER
+    confirmed_by: str = ""  # option of a subscription: only with it settlements are confirmed
+    delay_by: str = ""  # option of a subscription: milliseconds after which what is given back comes again, the same for all
+    delay_ms: int = 0  # without that option
+    single_by: str = ""  # option of a subscription: only without it (False) a given-back row brings its whole batch again
 
 
 class Misuse(AssertionError):
