@@ -144,7 +144,12 @@ PUBSUB = Manner(
         },
     ),
     look=LookPlan(
-        True, effects=frozenset({Effect.CREATES_SUBSCRIPTION}), proof=Proof.NONE, end_is_fixed=False, sorted_times=False
+        True,
+        effects=frozenset({Effect.CREATES_SUBSCRIPTION}),
+        proof=Proof.NONE,
+        end_is_fixed=False,
+        sorted_times=True,
+        reason="what comes is shown; only silence tells that there is no more",
     ),
     unordered=True,
     uncounted=True,
