@@ -23,7 +23,7 @@ class ShareLike(MannerHarness):
     }
 
     def make_topic(self, partitions: int, **wishes: Any) -> str:
-        return super().make_topic(partitions, max_deliveries=10, **wishes)  # the most that a group may be given
+        return super().make_topic(partitions, max_deliveries=20, **wishes)  # a case gives rows back often
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ class MessageSubscription(Subscription[Message]):
     async def _choose(self) -> Handle:
         async with self._opening:
             for handle in self._handles:
-                if not (self._capabilities.settle_before_pull and handle.held):
+                if not handle.waits:
                     return handle
             if len(self._handles) >= MAX_LANES or self.held_count >= self._max_held:
                 raise BrokerError(
@@ -157,7 +157,8 @@ class MessageSubscription(Subscription[Message]):
                     self.name,
                     f"{self.name}: {self.held_count} rows are held and this broker gives no more before they are settled; ack or release some",
                 )
-            handle = Handle(await self._open_source(), self._capabilities.concurrent_settle)
+            able = self._capabilities
+            handle = Handle(await self._open_source(), able.concurrent_settle, able.settle_before_pull)
             self._handles.append(handle)
             return handle
 

@@ -42,13 +42,18 @@ class Taken:
 class Handle:
     """One Source with its turnstiles."""
 
-    __slots__ = ("held", "pulls", "settles", "source")
+    __slots__ = ("_settle_first", "held", "pulls", "settles", "source")
 
-    def __init__(self, source: Source, concurrent_settle: bool) -> None:
-        self.source = source
+    def __init__(self, source: Source, concurrent_settle: bool, settle_before_pull: bool = False) -> None:
+        self.source, self._settle_first = source, settle_before_pull
         self.pulls = Turnstile()
         self.settles = Turnstile() if concurrent_settle else self.pulls
         self.held = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether what it gave must be settled before it may be pulled from again."""
+        return self._settle_first and self.held > 0
 
 
 class Choose(Protocol):
@@ -140,6 +145,8 @@ class Puller:
         return taken
 
     async def _pull(self, handle: Handle, rows: int, max_bytes: int, wait: float) -> None:
+        if handle.waits:  # somebody else's pull, that had its turn first, brought rows
+            return
         batch = await handle.source.pull(rows, max_bytes, wait)
         if batch is not None and batch.rows:
             first, self._next_serial = self._next_serial, self._next_serial + len(batch.rows)

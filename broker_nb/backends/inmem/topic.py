@@ -102,13 +102,13 @@ class Topic:
         now, check = self.broker.clock.time_ns(), check or self.refusal
         stopped = set() if stopped is None else stopped
         results: list[SendResult] = []
-        for row in rows:
+        for i, row in enumerate(rows):  # no two have the same time
             lane = row.partition if row.key is None else row.key
             if stopped and lane in stopped:
                 result = self._refused(ErrorKind.CONFLICT, "an earlier row of its key was not stored; send them again in order")
             else:
                 why = check(row)
-                result = self._refused(ErrorKind.INVALID, why) if why is not None else self._store(row, now, transaction)
+                result = self._refused(ErrorKind.INVALID, why) if why is not None else self._store(row, now + i, transaction)
                 if result.error is not None and lane != NO_PARTITION:
                     stopped.add(lane)
             results.append(result)

@@ -100,6 +100,8 @@ class MannerlyDriver(InmemDriver):
         allow: frozenset[Effect],
         digest: Digest | None = None,
     ) -> Browser:
+        with self.broker.lock:
+            self.broker.topic(topic.name)
         if missing := self.manner.look.effects - allow:
             text = f"{topic.name} cannot be looked at without this: {'; '.join(effect.value for effect in missing)}"
             raise self.host.error(ErrorKind.UNSUPPORTED, topic.name, text)
