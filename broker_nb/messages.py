@@ -252,6 +252,7 @@ class Record(_Received):
     offset: int
     ingestion_time: datetime
     _mark: Callable[[bool], Awaitable[None]]
+    position: tuple[int, ...] = ()  # the whole place, of which `offset` is the first number; () = that alone
 
     async def ack(self) -> None:
         """Mark it as done; what is committed is the contiguous run of done records from where the group stands."""

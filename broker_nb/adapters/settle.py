@@ -37,9 +37,13 @@ async def commit_highest_offsets(records: Iterable[Record]) -> None:
     highest: dict[tuple[str, int], Record] = {}
     for record in records:
         place = record.topic, record.partition
-        if place not in highest or record.offset > highest[place].offset:
+        if place not in highest or _position(record) > _position(highest[place]):
             highest[place] = record
     await _all(r.commit_to() for r in highest.values())
+
+
+def _position(record: Record) -> tuple[int, ...]:
+    return record.position or (record.offset,)
 
 
 def group_batch_by(batch: Iterable[T], grouper: Callable[[T], G]) -> dict[G, list[T]]:

@@ -126,7 +126,7 @@ class Look:
         self.summary.total = _total(bounds)
         for piece in pieces:
             low = self._bounds[piece.partition].low
-            aged = isinstance(asked.start, Offset) and (asked.start.n,) < low
+            aged = isinstance(asked.start, Offset) and (asked.start.n, *(0,) * (len(low) - 1)) < low
             self.summary.parts[piece.partition] = Part(piece.partition, piece.start, piece.end, cut=aged)
 
     def stop(self, why: str) -> None:

@@ -97,6 +97,7 @@ class RecordSubscription(Subscription[Record]):
             offset=envelope.position[0],
             ingestion_time=wall(time.monotonic()),
             _mark=mark,
+            position=envelope.position,
         )
 
     # -------------------------------------------------------------- committing

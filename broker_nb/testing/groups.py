@@ -35,7 +35,7 @@ class Records(Delivery):
         await bench.publish(topic, numbered(40))
         assert in_any_order(await one.read(40)) == in_any_order(await other.read(40)) == numbered(40)
 
-    @case()
+    @case("numbered")
     async def test_only_the_contiguous_prefix_is_committed(self, bench: Bench) -> None:
         """Rows acked out of order: the group's position is the first row that is not done, never beyond it, never back."""
         topic, name = await bench.topic(), bench.name("sub")
@@ -92,7 +92,7 @@ class Records(Delivery):
         while not uncommitted <= again:
             again.update(bodies(await first.read(20, 1.0)))
 
-    @case()
+    @case("numbered")
     async def test_backlog(self, bench: Bench) -> None:
         """The backlog tells committed position, end and what waits, and asking for it changes nothing."""
         topic, name = await bench.topic(), bench.name("sub")

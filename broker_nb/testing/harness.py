@@ -64,7 +64,8 @@ class Harness:
     never: ClassVar[Mapping[str, str]] = {}
     notyet: ClassVar[Mapping[str, str]] = {}
     """What there is none of: a hook, a wish of `make_topic`, a state ("Stop.UNPROVEN", "message.SENT"), "look" (without an effect, on
-    any topic), "order" (of messages without a key). Capabilities tell about themselves.
+    any topic), "order" (of messages without a key), "numbered" (rows of a partition count up by one), "order_after_nack" (of an
+    ordered subscription). Capabilities tell about themselves.
     """
 
     @classmethod

@@ -61,7 +61,7 @@ class Tails(Suite):
             await asyncio.to_thread(other.commit)
         await complete(bench, topic, "..end", [b"before", b"open", b"behind"])
 
-    @case("compact", seconds=90)
+    @case("compact", "numbered", seconds=90)
     async def test_a_compacted_gap(self, bench: Bench) -> None:
         """A range that ends inside a gap that compaction left, and one over it: complete in time, with the rows that are left."""
         topic = await bench.topic(compacted=True)
@@ -90,7 +90,7 @@ class Tails(Suite):
         assert (looked.rows, looked.summary.complete) == ([], True)
         assert {r.partition for r in (await bench.look(topic, partitions=full)).rows} == full
 
-    @case()
+    @case("numbered")
     async def test_a_range_inside_a_batch(self, bench: Bench) -> None:
         """Offsets in the middle of what was written in one go: exactly these rows, complete in time."""
         topic = await bench.topic()
@@ -113,7 +113,7 @@ class Tails(Suite):
         await bench.publish(topic, [b"1"])
         await complete(bench, topic, "100..", [])
 
-    @case("delete_before")
+    @case("delete_before", "numbered")
     async def test_rows_that_aged_out(self, bench: Bench) -> None:
         """A range that begins before what is left is not complete and says so; what is left is complete, also when it is nothing."""
         topic = await bench.topic()

@@ -145,7 +145,7 @@ class StrictQueue(QueueSource):
                     row = self._out.pop(item.token)
                     if self._whole_batches and item.verdict is Verdict.RELEASE:
                         self._bring_batch(row)
-            return [self._as_told(outcome) for outcome in outcomes]
+            return [as_told(outcome, self._confirmed) for outcome in outcomes]
 
     async def _settle_alike(self, items: Sequence[Settlement]) -> Sequence[Outcome]:
         """The broker answers per partition: one row that cannot be settled fails those beside it."""
@@ -178,10 +178,6 @@ class StrictQueue(QueueSource):
             return Settlement(item.token, Verdict.ACK)
         return replace(item, delay=self._delay) if self._delay and item.verdict is Verdict.RELEASE else item
 
-    def _as_told(self, outcome: Outcome) -> Outcome:
-        unconfirmed = outcome.state is Settled.CONFIRMED and not self._confirmed
-        return Outcome(Settled.SENT) if unconfirmed else outcome
-
     async def extend(self, tokens: Sequence[Token], seconds: float) -> Sequence[float | None]:
         with self._guard.call("extend"):
             self._guard.expect(self._manner.timed and self._manner.renewable, "extend of a lease that cannot be kept longer")
@@ -195,6 +191,7 @@ class StrictGroup(GroupSource):
         super().__init__(broker, host, group, eager=manner.eager_groups)
         self._guard, self._places = Guard(self.entity, manner.able, broker.misuses), manner.places
         self._codec = manner.places.codec(self._codec)
+        self._confirmed = manner.able.confirmed_settle
         self._read: dict[int, int] = {}  # partition -> how far it ever was
 
     async def pull(self, max_rows: int, max_bytes: int, wait: float) -> Batch | None:
@@ -210,7 +207,8 @@ class StrictGroup(GroupSource):
                 stands = self.group.committed.get(partition, 0)
                 self._guard.expect(offset >= stands, f"commit of partition {partition} back from {stands} to {offset}")
                 self._guard.expect(offset <= read, f"commit of partition {partition} to {offset}, and it was read up to {read}")
-            return await super().commit(self._numbered(positions))
+            outcomes = await super().commit(self._numbered(positions))
+            return {partition: as_told(outcome, self._confirmed) for partition, outcome in outcomes.items()}
 
     async def seek(self, positions: Mapping[int, Position]) -> None:
         with self._guard.call("seek"):
@@ -259,3 +257,8 @@ class StrictSender(InmemSender):
         typed = bool(self._manner.able.attribute_types - {str, bytes})
         attributes = row.attributes if typed else tuple(Attribute(a.name, a.value) for a in row.attributes)
         return row._replace(attributes=attributes, time_ns=time_ns, dedupe=row.dedupe if self._manner.dedupe else None)
+
+
+def as_told(outcome: Outcome, confirmed: bool) -> Outcome:
+    """What a client hears of it whose broker does not confirm."""
+    return outcome if confirmed or outcome.state is not Settled.CONFIRMED else Outcome(Settled.SENT)
