@@ -201,7 +201,7 @@ async def steps(
     return found
 
 
-async def make_room(bench: Bench, source: Source, batch: Batch) -> None:
+async def make_room(bench: Bench, source: Any, batch: Batch) -> None:
     """Settle rows before the next pull, where a source wants that."""
     if batch.tokens is not None and bench.capabilities.settle_before_pull:
         await source.settle([Settlement(token, Verdict.ACK) for token in batch.tokens])
