@@ -979,7 +979,10 @@ def test_options_that_the_broker_does_not_have_are_errors():
         ({"hosts": ["a", "b"]}, "name 'b'"),
         ({"hosts": ["a"], "path": "p"}, "path 'p'"),
         ({"hosts": [], "options": {"user": "me"}}, "takes one name and like=; leave out the option 'user'"),
-        ({"hosts": [], "options": {"like": "mqtt"}}, "no manners like 'mqtt'; there are: jetstream, kafka, pubsub, pulsar, servicebus, share"),
+        (
+            {"hosts": [], "options": {"like": "mqtt"}},
+            "no manners like 'mqtt'; there are: jetstream, kafka, pubsub, pulsar, servicebus, share",
+        ),
     ],
 )
 def test_a_wrong_address_is_an_error_and_not_a_default(profile, says):
