@@ -97,3 +97,9 @@ def nats_url(pytestconfig: pytest.Config) -> str:
 def pubsub_url(pytestconfig: pytest.Config) -> str:
     """Google's fake Pub/Sub of this run, shared by its tests: use projects of your own."""
     return server_url(pytestconfig, "pubsub")
+
+
+@pytest.fixture(scope="session")
+def servicebus_url(pytestconfig: pytest.Config) -> str:
+    """A stand-in for Service Bus of this run (or what BROKER_NB_TEST_SERVICEBUS names), shared by its tests: use entities of your own."""
+    return server_url(pytestconfig, "servicebus")

@@ -16,7 +16,7 @@ TRACKED = [ROOT / name for name in ASKED.split("\0") if name and (ROOT / name).e
 MODULES = [path for path in TRACKED if path.suffix == ".py"]
 # Hosts that a file may name: this machine, names and addresses reserved for examples, and what the licence and file formats name.
 HOST = re.compile(
-    r"localhost|127\.0\.0\.1|\[::1\]|(.*\.)?(example|invalid|test)(\.(com|org|net))?|192\.0\.2\.\d+|www\.apache\.org|json-schema\.org"
+    r"localhost|127\.0\.0\.1|\[::1\]|(.*\.)?(example|invalid|test)(\.(com|org|net))?|192\.0\.2\.\d+|www\.apache\.org|json-schema\.org|www\.w3\.org|schemas\.microsoft\.com"
 )
 
 

@@ -22,7 +22,7 @@ from broker_nb.testing.servers.process import PortTaken, Process, ServerFailed, 
 
 __all__ = ["NAMES", "DigestMismatch", "OwnServer", "PortTaken", "Server", "ServerFailed", "ServerMissing", "prepare", "start"]
 
-NAMES = ("kafka", "nats", "nats@2.9", "pubsub")  # after the @: an older version than the usual one
+NAMES = ("kafka", "nats", "nats@2.9", "pubsub", "servicebus")  # after the @: an older version than the usual one
 _PATHS = {"pubsub": "/broker-nb"}  # a project; the server takes any
 ATTEMPTS = 5
 _Launch: TypeAlias = Callable[[str, pathlib.Path, list[int], str, float], Process]
@@ -49,12 +49,13 @@ class Server:
         self.name = name
         #: `host:port`
         self.address = address
+        self.query = ""
 
     @property
     def url(self) -> str:
         """What `connect` takes, as `kafka://127.0.0.1:40001`."""
         kind = self.name.split("@")[0]
-        return f"{kind}://{self.address}{_PATHS.get(kind, '')}"
+        return f"{kind}://{self.address}{_PATHS.get(kind, '')}{self.query}"
 
     def stop(self) -> None:
         """Nothing: somebody else started it."""
@@ -122,6 +123,7 @@ class OwnServer(Server):
                 self._forget()
                 raise
         super().__init__(name, f"127.0.0.1:{self._ports[0]}")
+        self.query = getattr(_module(name), "query", lambda _: "")(self._ports)
         atexit.register(self.stop)
 
     @property

