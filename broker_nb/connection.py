@@ -198,7 +198,8 @@ def connect(
     ----------
     url
         "demo" (an embedded broker with made-up orders), "inmem://name", "kafka://host:port[,host:port]", "nats://[user@]host:port[,host:port]",
-        "pubsub://PROJECT", "pubsub://host:port/PROJECT" (an emulator).
+        "pubsub://PROJECT", "pubsub://host:port/PROJECT" (an emulator),
+        "servicebus://NAME.servicebus.windows.net" (or "servicebus" with connection_string=...).
     name
         What to call it; the same name replaces (and closes) an earlier connection.
     timeout

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Subscription = MessageSubscription | RecordSubscription
 Duration = str | float | timedelta
-SECRET_WORDS = ("password", "secret", "token", "jaas", "private", "credential", "seed", "key.pem")
+SECRET_WORDS = ("password", "secret", "token", "jaas", "private", "credential", "seed", "key.pem", "connection_string")
 
 
 class Session:

@@ -33,6 +33,7 @@ _SCHEMES = {
     "kafka": _Entry("broker_nb.backends.kafka.driver:KafkaDriver", "confluent_kafka", "kafka"),
     "nats": _Entry("broker_nb.backends.jetstream.driver:JetStreamDriver", "nats", "nats"),
     "pubsub": _Entry("broker_nb.backends.pubsub.driver:PubsubDriver", "google.pubsub_v1", "pubsub"),
+    "servicebus": _Entry("broker_nb.backends.servicebus.driver:ServiceBusDriver", "azure.servicebus", "servicebus"),
 }
 
 
@@ -88,8 +89,12 @@ def _missing(scheme: str, client: str, requirement: str) -> BrokerError:
 # ------------------------------------------------------------------ URLs
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _SECRET = re.compile(
-    r"pass(word|phrase|wd)?$|pwd$|secret|token|seed_str$|credential|private.?key|api.?key|access.?key|sas.?key|jaas", re.I
+    r"pass(word|phrase|wd)?$|pwd$|secret|token|seed_str$|credential|private.?key|api.?key|access.?key|sas.?key|jaas|connection.?string|signature",
+    re.I,
 )
+
+
+_CONNECTION_STRING = re.compile(r"SharedAccess(Key|Signature)\s*=", re.I)
 
 
 class _Parts(NamedTuple):
@@ -102,7 +107,9 @@ class _Parts(NamedTuple):
 
 
 def has_secret(url: str) -> bool:
-    """Whether a URL carries a password: before the host, or in an option whose name says so."""
+    """Whether a URL carries a password: before the host, or in an option whose name says so; or is a connection string."""
+    if _CONNECTION_STRING.search(url):
+        return True
     try:
         parts = _split(url)
     except BrokerError:  # malformed, perhaps by the password itself: doubt counts as yes
