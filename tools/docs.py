@@ -23,7 +23,13 @@ from broker_nb.testing.suites import ALL
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "build" / "conformance.json"  # of the last `make test`
 MARKS = "<!-- made by `make docs` -->\n", "<!-- end of what `make docs` made -->\n"
-NAMES = {"inmem": "embedded (`demo`, `inmem://`)", "kafka": "Kafka", "nats": "NATS JetStream", "pubsub": "Google Pub/Sub"}
+NAMES = {
+    "inmem": "embedded (`demo`, `inmem://`)",
+    "kafka": "Kafka",
+    "nats": "NATS JetStream",
+    "pubsub": "Google Pub/Sub",
+    "servicebus": "Azure Service Bus",
+}
 STATES = {"pass": "pass", "notyet": "not yet", "never": "never", "fail": "FAILED"}
 WORDS = {
     "families": "taken as",
@@ -106,7 +112,7 @@ ROWS = (
     Row("newest / oldest N, positions, times, `where` in SQL", ("look",), ("Tails a_range_inside_a_batch", "Tails times")),
     Row(
         "a look proves that it is complete, or says why not",
-        ("look",),
+        ("look", "proven_end"),
         ("Tails the_end_is_fixed_at_the_start", "Tails a_dying_broker", "Tails rows_that_aged_out", "Tails stopped_early"),
     ),
     Row(
@@ -222,6 +228,7 @@ def of_what() -> str:
         f"Apache Kafka {locked('kafka')['version']} with confluent-kafka {importlib.metadata.version('confluent-kafka')}",
         f"nats-server {locked('nats')['go'].partition('@v')[2]} with nats-py {importlib.metadata.version('nats-py')}",
         f"Google's pstest {pstest} with google-cloud-pubsub {importlib.metadata.version('google-cloud-pubsub')}",
+        f"our stand-in for Service Bus with azure-servicebus {importlib.metadata.version('azure-servicebus')}",
     ]
     servers = ",\n".join(against)
     return f"From a run of these suites at {git('log', '-1', '--format=%h of %cs', *code)}{changed}, against\n{servers}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,10 @@ class Delivery(Suite):
     @case()
     async def test_two_subscriptions_both_get_all(self, bench: Bench) -> None:
         """Two subscriptions of one topic each get every message."""
-        topic = await bench.topic()
-        readers = [await bench.reader(topic), await bench.reader(topic)]
+        names = [bench.name("sub"), bench.name("sub")]
+        wishes: dict[str, Any] = {"subscriptions": names} if bench.family is Family.MESSAGE else {}
+        topic = await bench.topic(**wishes)
+        readers = [await bench.reader(topic, name) for name in names]
         await bench.publish(topic, numbered(30))
         for got in await asyncio.gather(*(reader.read(30) for reader in readers)):
             assert bodies(got) == numbered(30)

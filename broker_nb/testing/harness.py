@@ -87,7 +87,8 @@ class Harness:
 
         A broker without partitions makes one, and says so in `never` under "partitions". Wishes: `ordered` (per key, also for family
         MESSAGE), `ack_deadline` (seconds), `dead_letter` (name of a topic), `max_message_bytes`, `compacted` (may be given to
-        `compact`), `look_effects` (looking has some), `unconfirmed` (settlements are only sent, where others are confirmed).
+        `compact`), `look_effects` (looking has some), `unconfirmed` (settlements are only sent, where others are confirmed),
+        `subscriptions` (names of those that the case opens, where they have to be there before something is sent).
         """
         raise NotImplementedError
 
@@ -97,7 +98,9 @@ class Harness:
         return {}
 
     def subscription(self, topic: str, name: str) -> str:
-        """The subscription to use as `name`: one made with the topic, where a new one would get only what is sent from then on."""
+        """The subscription to use as `name`: one made with the topic, where a new one would get only what is sent from then on, or the
+        only one there is.
+        """
         del topic
         return name
 

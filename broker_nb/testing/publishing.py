@@ -42,7 +42,7 @@ VALUES: tuple[AttributeValue, ...] = (
     0.1,
     math.inf,
     True,
-    datetime(2026, 11, 22, 22, 10, 0, 123456, UTC),
+    datetime(2026, 11, 22, 22, 10, 0, 123000, UTC),  # a millisecond is what a broker keeps that keeps times
     uuid.UUID(int=2**127 + 1),
 )
 
