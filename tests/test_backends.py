@@ -35,7 +35,9 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_unknown_scheme_names_those_that_exist():
-    with pytest.raises(BrokerError, match=r"^no backend for 'rabbit'; there are: demo, inmem, kafka, nats, pubsub, servicebus$") as caught:
+    with pytest.raises(
+        BrokerError, match=r"^no backend for 'rabbit'; there are: demo, inmem, kafka, nats, pubsub, servicebus$"
+    ) as caught:
         load("rabbit")
     assert caught.value.kind is ErrorKind.INVALID
 
