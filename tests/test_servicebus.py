@@ -298,6 +298,39 @@ def test_a_token_credential(guarded):
     assert token.asked == [("scope",)]
 
 
+def test_a_token_that_expires_meanwhile(guarded):
+    """What is held then is neither settled nor lost: it comes again, and everything says why nothing works."""
+    text = f"Endpoint=sb://{guarded.address};SharedAccessSignature={{}};UseDevelopmentEmulator=true;EntityPath=q"
+    port = guarded._ports[1]
+
+    def profile(lasts):
+        return {
+            "options": {"connection_string": text.format(signature("q", "root", "cm9vdA==", lasts)), "administration_port": port}
+        }
+
+    async def go():
+        brief, lasting = await asyncio.gather(*(Client.open("servicebus", profile(lasts)) for lasts in (5, 600)))
+        await send(lasting, "q", Outbound(b"held"))
+        taking = await source(brief, "q")
+        _, tokens = await pulled(taking, 1)
+        await asyncio.sleep(6)
+        (outcome,) = await taking.settle([Settlement(tokens[0], Verdict.ACK)])
+        errors = [await refusal(taking.pull(1, 1000, 0.2)), await refusal(look(brief, "q"))]
+        await brief.close()
+        await asyncio.to_thread(Bed(guarded.url).ask, expire="q")
+        again = await source(lasting, "q")
+        rows, tokens = await pulled(again, 1)
+        await again.settle([Settlement(tokens[0], Verdict.ACK)])
+        await lasting.close()
+        return outcome, errors, rows
+
+    outcome, errors, rows = run(go())
+    assert outcome.state in (Settled.REFUSED, Settled.RETRY)
+    assert [e.kind for e in errors] == [ErrorKind.AUTH] * 2
+    assert "sig=" not in "".join(map(str, errors)).replace("sig=***", "")
+    assert [row.data for row in rows] == [b"held"]
+
+
 # ------------------------------------------------------------------ rows
 VALUES = (
     "text",

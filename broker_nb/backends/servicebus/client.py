@@ -237,6 +237,11 @@ class Pending(Generic[T]):
     def __init__(self) -> None:
         self._task: asyncio.Task[T] | None = None
 
+    async def ended(self) -> None:
+        """Wait for a call that is under way, whoever wants its result."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
     async def call(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of `begin()`, or of the call that a cancelled caller left behind."""
         if self._task is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -205,5 +206,16 @@ class ServiceBusSource:
         )
 
     async def close(self) -> None:
+        if self.closed:
+            return
         self.closed = True
-        await self._worker.close(self._receiver.close)
+        await self._pulling.ended()
+        await self._worker.close(self._leave)
+
+    async def _leave(self) -> None:
+        """Give back what was taken and never handed out, and close the receiver."""
+        for message in self._ready:
+            with contextlib.suppress(client_errors.ServiceBusError, OSError, ValueError):  # it comes again when its lock ends
+                await self._receiver.abandon_message(message)
+        self._ready.clear()
+        await self._receiver.close()

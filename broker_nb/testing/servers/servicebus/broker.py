@@ -270,7 +270,7 @@ class StandIn(Handler):  # type: ignore[misc] # proton has no types
         with self.lock:
             if link.is_receiver:
                 self._receive(link, delivery)
-            elif delivery.updated and hasattr(delivery, "token"):
+            elif delivery.updated and hasattr(delivery, "token") and link.state & Endpoint.LOCAL_ACTIVE:
                 self._settle(link.queue, delivery)
             self._pump()
 
@@ -359,7 +359,11 @@ class StandIn(Handler):  # type: ignore[misc] # proton has no types
         path = link.path.removesuffix(MANAGEMENT)
         if self.faults.silent(operation, path):
             return
-        code, answer, condition, text = self._management.answer(path, operation, body)
+        try:
+            self._allowed(link, path, "Listen", "Send")
+            code, answer, condition, text = self._management.answer(path, operation, body)
+        except Refused as refused:
+            code, answer, condition, text = 401, None, refused.condition, refused.text
         fields: dict[str, Any] = {"statusCode": int32(code), "statusDescription": text}
         if condition:
             fields["errorCondition"] = symbol(condition)
