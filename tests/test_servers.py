@@ -357,7 +357,7 @@ def test_up_prints_keeps_and_stops(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["rabbit"], "no server 'rabbit'; there is: kafka, nats, nats@2.9\n"),
+        (["rabbit"], "no server 'rabbit'; there is: kafka, nats, nats@2.9, pubsub, servicebus\n"),
         (["kafka", "kafka", "--port", "9"], "--port is for one server: name one, or leave it out\n"),
     ],
 )

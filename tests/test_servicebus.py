@@ -20,6 +20,7 @@ from servicebus_bed import Bed
 from test_servicebus_standin import signature
 
 import broker_nb
+from broker_nb import connection
 from broker_nb.backends import has_secret
 from broker_nb.backends.driver import (
     COLUMNS,
@@ -802,7 +803,7 @@ def test_the_broker_is_stopped_and_started(tmp_path):
 
 def test_frames_and_captions(bed):
     said = []
-    broker_nb.connection.set_captions(said.append)
+    connection.set_captions(said.append)
     url = f"servicebus://{bed.hosts[0]}" if bed.hosts else "servicebus"
     try:
         with broker_nb.connect(url, options=bed.options, name="bus") as conn:
@@ -813,7 +814,7 @@ def test_frames_and_captions(bed):
             done = conn.ack(held)
             topics = conn.topics(queue)
     finally:
-        broker_nb.connection.set_captions(None)
+        connection.set_captions(None)
     assert list(frame["value_id"]) == [1, 2]
     assert list(frame["offset"]) == [1, 2]
     assert frame.attrs["complete"] == "unknown"

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import logging
 import re
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -254,6 +255,25 @@ class Pending(Generic[T]):
                 self._task = None
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Knows the connections that were opened on it: the client forgets one that died, and leaves its socket open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
+
+    async def create_connection(self, *args: Any, **kwargs: Any) -> Any:
+        transport, protocol = await super().create_connection(*args, **kwargs)
+        self._opened.add(transport)
+        return transport, protocol
+
+    async def hang_up(self) -> None:
+        """Close what is still open."""
+        for transport in self._opened:
+            transport.close()
+        await asyncio.sleep(0)  # closing takes a turn
+
+
 class Worker:
     """A lane with an event loop of its own, on which the client's coroutines run to their end.
 
@@ -278,7 +298,7 @@ class Worker:
                 return await work()
 
         if self._runner is None:
-            self._runner = asyncio.Runner()
+            self._runner = asyncio.Runner(loop_factory=_Loop)
         try:
             return self._runner.run(bounded())
         except BrokerError:
@@ -313,4 +333,7 @@ class Worker:
                 self._runner.run(end())
             except TimeoutError:
                 logging.getLogger("broker_nb").info("servicebus: no answer while closing")
+            loop = self._runner.get_loop()
+            if isinstance(loop, _Loop):
+                self._runner.run(loop.hang_up())
             self._runner.close()
