@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.connection as mpc
 import os
+import signal
 import threading
 
 import pytest
@@ -52,6 +53,7 @@ KEEPER = pytest.StashKey[Keeper]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control hands it down ignored
     config.stash[KEEPER] = Keeper()
 
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-import signal
 import time
 import uuid
 
+import psutil
 import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.cimpl import NewTopic
@@ -76,14 +76,17 @@ class KafkaHarness(Harness):
 
     def break_reads(self, *_):
         self.frozen = True
-        os.kill(self.server.pid, signal.SIGSTOP)
+        process = psutil.Process(self.server.pid)
+        process.suspend()
+        while process.status() != psutil.STATUS_STOPPED:  # each of its threads stops when it is next looked at
+            time.sleep(0.01)
 
     provoke = break_reads
 
     def mend(self):
         if self.frozen:
             self.frozen = False
-            os.kill(self.server.pid, signal.SIGCONT)
+            psutil.Process(self.server.pid).resume()
             self.make_topic(1)
 
 

@@ -145,13 +145,13 @@ def test_a_click_reaches_jetstream_while_a_cell_is_busy(notebook, outside):  # n
 
 def test_following_a_stream_makes_no_consumer(notebook, outside):  # noqa: F811 - a fixture
     stream, connect = setup(outside, 3)
-    before = outside.snapshot()
+    before = outside.snapshot(stream)
     page = notebook(connect, f"%broker live {stream} --columns id")
     ran(page, 0)
     ran(page, 1)
     view = View(page.page)
     view.until(lambda: "no effect" in view.root.inner_text())
-    assert outside.snapshot() == before
+    assert outside.snapshot(stream) == before
     outside.put(stream, b'{"id":"new"}', b"\xff")
     view.until(lambda: view.rows("seen").count() == 2)
     assert view.rows("seen").first.locator(".bnb-field").inner_text() != ""
