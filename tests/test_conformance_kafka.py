@@ -48,15 +48,15 @@ class KafkaHarness(Harness):
 
     def make_topic(self, partitions, *, compacted=False, max_message_bytes=None, **_):
         config = COMPACTED if compacted else {"max.message.bytes": str(max_message_bytes)} if max_message_bytes else {}
-        name, deadline = f"topic-{uuid.uuid4().hex}", time.monotonic() + 60
+        name, deadline = f"topic-{uuid.uuid4().hex}", time.monotonic() + 100
         while True:  # after a stop the broker is no member of its cluster for a moment, and not every part of it learns at once
             try:
-                self.bed.admin.create_topics([NewTopic(name, partitions, 1, config=config)])[name].result(10)
+                self.bed.admin.create_topics([NewTopic(name, partitions, 1, config=config)])[name].result(5)
             except (KafkaException, TimeoutError):
                 if time.monotonic() > deadline:
                     raise
             with contextlib.suppress(KafkaException):  # as above
-                found = self.bed.admin.list_topics(timeout=10).topics.get(name)
+                found = self.bed.admin.list_topics(timeout=5).topics.get(name)
                 if found and found.error is None and all(p.leader >= 0 for p in found.partitions.values()):
                     return name
             assert time.monotonic() < deadline, f"{name} is not there"
@@ -78,7 +78,7 @@ class KafkaHarness(Harness):
         self.frozen = True
         process = psutil.Process(self.server.pid)
         process.suspend()
-        while process.status() != psutil.STATUS_STOPPED:  # each of its threads stops when it is next looked at
+        while any(psutil.Process(t.id).status() != psutil.STATUS_STOPPED for t in process.threads()):  # not all at once
             time.sleep(0.01)
 
     provoke = break_reads
