@@ -7,7 +7,7 @@ demo: $(READY) # the quickstart, run without a browser
 	$(BIN)/python tools/demo.py
 
 test: $(READY) # everything, on the real servers
-	-@$(BIN)/python -m broker_nb fetch kafka nats nats@2.9 pubsub servicebus
+	-@$(BIN)/python -m broker_nb fetch kafka nats nats@2.9 pubsub servicebus pulsar
 	@mkdir -p build
 	BROKER_NB_CONFORMANCE=build/conformance.json $(BIN)/pytest -n 2 --dist loadgroup
 
@@ -35,5 +35,5 @@ $(READY): pyproject.toml
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then exec $$python -m venv .venv; fi; \
 	done; echo 'no Python 3.11 or newer: install one, or name it with make PYTHON=/path/to/python3' >&2; exit 1
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[kafka,nats,pubsub,servicebus,lab,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[kafka,nats,pubsub,servicebus,pulsar,lab,test]'
 	@touch $@

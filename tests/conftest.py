@@ -105,3 +105,9 @@ def pubsub_url(pytestconfig: pytest.Config) -> str:
 def servicebus_url(pytestconfig: pytest.Config) -> str:
     """A stand-in for Service Bus of this run (or what BROKER_NB_TEST_SERVICEBUS names), shared by its tests: use entities of your own."""
     return server_url(pytestconfig, "servicebus")
+
+
+@pytest.fixture(scope="session")
+def pulsar_url(pytestconfig: pytest.Config) -> str:
+    """A Pulsar of this run, shared by its tests: use topics of your own."""
+    return server_url(pytestconfig, "pulsar")

@@ -22,7 +22,7 @@ from broker_nb.testing.servers.process import PortTaken, Process, ServerFailed, 
 
 __all__ = ["NAMES", "DigestMismatch", "OwnServer", "PortTaken", "Server", "ServerFailed", "ServerMissing", "prepare", "start"]
 
-NAMES = ("kafka", "nats", "nats@2.9", "pubsub", "servicebus")  # after the @: an older version than the usual one
+NAMES = ("kafka", "nats", "nats@2.9", "pubsub", "servicebus", "pulsar")  # after the @: an older version than the usual one
 _PATHS = {"pubsub": "/broker-nb"}  # a project; the server takes any
 ATTEMPTS = 5
 _Launch: TypeAlias = Callable[[str, pathlib.Path, list[int], str, float], Process]
@@ -112,7 +112,7 @@ class OwnServer(Server):
         if port is not None and not is_free(port):
             raise PortTaken(f"port {port} on 127.0.0.1 is in use: choose another, or none to get a free one")
         for attempt in range(1, ATTEMPTS + 1):
-            self._ports = [port or free_port(), free_port()]
+            self._ports = [port or free_port(), free_port(), free_port()]
             try:
                 self.start()
                 break

@@ -17,12 +17,24 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, TypeAlias
 
-__all__ = ["DigestMismatch", "LockedFile", "ServerMissing", "cache_dir", "exclusive", "fetch", "last_line", "locked", "tool"]
+__all__ = [
+    "DigestMismatch",
+    "LockedFile",
+    "ServerMissing",
+    "cache_dir",
+    "exclusive",
+    "fetch",
+    "last_line",
+    "locked",
+    "tool",
+    "unpacked",
+]
 
 Entry: TypeAlias = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -128,6 +140,21 @@ def fetch(files: Sequence[LockedFile]) -> list[pathlib.Path]:
         with exclusive(folder):
             _fetch_missing([file for file in missing if not _good(folder / file.name, file.sha256)], folder, fetcher)
     return [folder / file.name for file in files]
+
+
+def unpacked(file: LockedFile) -> pathlib.Path:
+    """The one folder that is in a tarball, in the cache; fetched, checked and unpacked where it is missing. Raises what `fetch` raises."""
+    target = cache_dir() / "unpacked" / f"{file.name}-{file.sha256[:16]}"
+    if not target.exists():
+        (tarball,) = fetch([file])
+        with exclusive(target.parent):
+            if not target.exists():
+                _log.info("unpacking %s into %s", tarball.name, target)
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch, tarfile.open(tarball) as packed:
+                    packed.extractall(f"{scratch}/new", filter="data")
+                    os.rename(f"{scratch}/new", target)
+    (folder,) = target.iterdir()
+    return folder
 
 
 def _fetch_missing(files: Sequence[LockedFile], folder: pathlib.Path, fetcher: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ import tempfile
 
 KAFKA = "4.4.0"
 LOG4J = "2.25.1"
+PULSAR = "4.0.8"  # the newest of the 4.0 line whose tarball is there
 NATS = "github.com/nats-io/nats-server/v2"
 GO = {"nats": f"{NATS}@v2.15.0", "nats@2.9": f"{NATS}@v2.9.25"}  # their digests are in Go's own checksum database
 PIP = {
@@ -22,6 +23,7 @@ PIP = {
 }
 HEADER = "# Made by `python -m broker_nb.testing.servers.lock`; edit the versions there, not here.\n"
 COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.7.1:copy-dependencies"
+COPY_ONE = COPY.replace("copy-dependencies", "copy")
 
 
 def resolve(*coordinates: str) -> list[str]:
@@ -48,6 +50,16 @@ def resolve(*coordinates: str) -> list[str]:
         return sorted(lines)
 
 
+def tarball(coordinates: str) -> str:
+    """`group:artifact:type:classifier:version sha256` of one file."""
+    group, artifact, kind, classifier, version = coordinates.split(":")
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"-Dartifact={group}:{artifact}:{version}:{kind}:{classifier}", f"-DoutputDirectory={folder}"]
+        subprocess.run(["mvn", "-q", "-B", *options, COPY_ONE], check=True)
+        (file,) = pathlib.Path(folder).iterdir()
+        return f"{coordinates} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
 def main() -> None:
     """Resolve the wanted versions and write the lock."""
     jars = resolve(
@@ -56,6 +68,8 @@ def main() -> None:
         f"org.apache.logging.log4j:log4j-slf4j-impl:{LOG4J}",
     )
     parts = [HEADER, f'[kafka]\nversion = "{KAFKA}"\nmaven = [\n', *(f'  "{jar}",\n' for jar in jars), "]\n"]
+    pulsar = tarball(f"org.apache.pulsar:pulsar-server-distribution:tar.gz:bin:{PULSAR}")
+    parts += [f'\n[pulsar]\nversion = "{PULSAR}"\nmaven = ["{pulsar}"]\n']
     parts += [f'\n["{name}"]\ngo = "{package}"\n' for name, package in GO.items()]
     parts += [f'\n[{name}]\npip = "{requirement}"\n' for name, requirement in PIP.items()]
     pathlib.Path(__file__).with_name("servers.lock").write_text("".join(parts))
