@@ -34,6 +34,7 @@ _SCHEMES = {
     "nats": _Entry("broker_nb.backends.jetstream.driver:JetStreamDriver", "nats", "nats"),
     "pubsub": _Entry("broker_nb.backends.pubsub.driver:PubsubDriver", "google.pubsub_v1", "pubsub"),
     "servicebus": _Entry("broker_nb.backends.servicebus.driver:ServiceBusDriver", "azure.servicebus", "servicebus"),
+    "pulsar": _Entry("broker_nb.backends.pulsar.driver:PulsarDriver", "pulsar", "pulsar"),
 }
 
 

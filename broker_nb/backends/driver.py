@@ -314,6 +314,9 @@ class Bounds:
     low: Position
     end: Position | None  # one past the last row visible at the asked isolation; None when LookPlan.end_is_fixed is False
     high: Position | None = None  # the end with open transactions included; > end: held back
+    runs: Sequence[
+        tuple[Position, int]
+    ] = ()  # where a place is more than one number: (first place, how many, by its last number)
 
 
 class Stop(enum.Enum):

@@ -224,15 +224,21 @@ class Look:
             if missing <= 0 or part.stop is not None or part.end is None or bounds.end is None:
                 continue
             if self.asked.newest is not None and part.start > bounds.low:
-                piece = Piece(part.partition, _back(part.start, bounds.low, 2 * (part.end[0] - part.start[0])), part.start)
+                piece = Piece(part.partition, _back(part.start, bounds, self._more(part)), part.start)
                 part.start = piece.start
             elif self.asked.oldest is not None and part.end < bounds.end:
-                piece = Piece(part.partition, part.end, min(bounds.end, (part.end[0] + 2 * (part.end[0] - part.start[0]),)))
+                piece = Piece(part.partition, part.end, _ahead(part.end, bounds, self._more(part)))
                 part.end = piece.end
             else:
                 continue
             further.append(piece)
         return further
+
+    def _more(self, part: Part) -> int:
+        """How many places further to go where so many had too few rows."""
+        if part.end is not None and len(part.start) == len(part.end) == 1:
+            return 2 * (part.end[0] - part.start[0])
+        return 2 * (self.asked.newest or self.asked.oldest or 1)
 
     def _note_held_back(self) -> None:
         """A range that runs to the end is cut short by an open transaction, also where its end was proved."""
@@ -297,9 +303,9 @@ async def _resolve(driver: Driver, topic: Entity, facts: Facts, asked: Range, bo
     for b in bounds:
         start, end = b.low, b.end
         if asked.newest is not None and b.end is not None:
-            start = _back(b.end, b.low, asked.newest)
+            start = _back(b.end, b, asked.newest)
         elif asked.oldest is not None and b.end is not None:
-            end = min(b.end, (b.low[0] + asked.oldest,))
+            end = _ahead(b.low, b, asked.oldest)
         else:
             if asked.start is not None:  # None from the broker: nothing is that young
                 start = starts[b.partition] or b.end or b.low
@@ -324,9 +330,36 @@ async def _places(
     return {b.partition: None for b in bounds}
 
 
-def _back(end: Position, low: Position, rows: int) -> Position:
-    """`rows` before `end` where positions are single numbers; else everything there is."""
-    return max(low, (end[0] - rows,)) if len(end) == 1 else low
+def _back(end: Position, bounds: Bounds, places: int) -> Position:
+    """`places` before `end`; everything there is, where the driver does not tell how they are numbered."""
+    if len(end) == 1:
+        return max(bounds.low, (end[0] - places,))
+    for first, count in reversed(bounds.runs):
+        if first >= end:
+            continue
+        *run, number = first
+        below = min(count, end[len(run)] - number + 1) if [*end[: len(run)]] == run else count
+        if places <= below:
+            return max(bounds.low, (*run, number + below - places))
+        places -= below
+    return bounds.low
+
+
+def _ahead(start: Position, bounds: Bounds, places: int) -> Position:
+    """`places` after `start`, at most the end."""
+    assert bounds.end is not None, "only a look with an end counts rows"  # noqa: S101 - see _resolve
+    if len(bounds.end) == 1:
+        return min(bounds.end, (start[0] + places,))
+    for first, count in bounds.runs:
+        *run, number = first
+        if [*start[: len(run)]] > run:
+            continue
+        begin = max(number, start[len(run)]) if [*start[: len(run)]] == run and len(start) > len(run) else number
+        there = number + count - begin
+        if places < there:
+            return min(bounds.end, (*run, begin + places))
+        places -= max(0, there)
+    return bounds.end
 
 
 def _total(bounds: Sequence[Bounds]) -> int | None:

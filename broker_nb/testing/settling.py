@@ -98,7 +98,7 @@ class Messages(Delivery):
             await reader.close()
         assert in_any_order(await (await bench.reader(topic, name)).read(50)) == numbered(50)
 
-    @case("ordered")
+    @case("ordered", "order_after_nack")
     async def test_nothing_overtakes_an_unacked_one(self, bench: Bench) -> None:
         """On an ordered subscription a nacked message comes again before the next of its key, and other keys go on."""
         topic = await bench.topic(ordered=True)

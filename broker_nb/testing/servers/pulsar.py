@@ -89,8 +89,20 @@ def launch(name: str, folder: pathlib.Path, ports: list[int], config: str, deadl
         "PULSAR_MEM": "-Xms256m -Xmx512m -XX:MaxDirectMemorySize=512m",
         "PULSAR_GC": "-XX:+UseSerialGC",
     }
-    command = ["/usr/bin/env", *(f"{key}={value}" for key, value in environment.items()), home / "bin" / "pulsar", "standalone"]
-    where = ["--metadata-dir", folder / "metadata", "--bookkeeper-dir", folder / "bookkeeper", "--bookkeeper-port", str(bookie)]
+    command: list[str | pathlib.Path] = [
+        "/usr/bin/env",
+        *(f"{key}={value}" for key, value in environment.items()),
+        home / "bin" / "pulsar",
+        "standalone",
+    ]
+    where: list[str | pathlib.Path] = [
+        "--metadata-dir",
+        folder / "metadata",
+        "--bookkeeper-dir",
+        folder / "bookkeeper",
+        "--bookkeeper-port",
+        str(bookie),
+    ]
     process = Process([*command, "-nfw", "-nss", "-a", "127.0.0.1", *where], folder / "server.log")
     try:
         process.wait_for_port(web, deadline)
