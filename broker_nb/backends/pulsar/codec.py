@@ -18,9 +18,10 @@ def place_of(message_id: Any) -> Position:
     return message_id.ledger_id(), message_id.entry_id(), max(message_id.batch_index(), 0)
 
 
-def id_of(message_id: Any) -> str:
+def id_of(message_id: Any, partition: int | None = None) -> str:
     """ledger:entry:partition:batch index, with the client's -1 for none."""
-    return f"{message_id.ledger_id()}:{message_id.entry_id()}:{message_id.partition()}:{message_id.batch_index()}"
+    number = message_id.partition() if partition is None else partition
+    return f"{message_id.ledger_id()}:{message_id.entry_id()}:{number}:{message_id.batch_index()}"
 
 
 def _key(message: pulsar.Message) -> bytes | None:

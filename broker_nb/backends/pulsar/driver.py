@@ -105,7 +105,8 @@ class PulsarDriver:
         if self._closed:
             return
         self._closed = True
-        for part in (*self._browsers, *self._sources, *self._senders):
+        closing: list[PulsarBrowser | Consuming | PulsarSender] = [*self._browsers, *self._sources, *self._senders]
+        for part in closing:
             await part.close()
         lane = self._host.lane("pulsar-close")
         with contextlib.suppress(pulsar.PulsarException):  # closed by itself
@@ -153,7 +154,7 @@ class PulsarDriver:
     ) -> PulsarBrowser:
         del want, committed_only, allow  # a fetch brings whole messages; a look has no effect that outlives it
         name = self._catalogue.topic(topic.name)
-        # A reader on a topic that is not there would make it: asked first, and again after the bounds were asked for by others.
+        # A reader on a topic that is not there would make it, so it is asked for before every one.
         partitions = await self._admin.ask(self._catalogue.partitions, name)
         bounds = {b.partition: b for b in await self._admin.ask(self._catalogue.bounds, name, [p.partition for p in pieces])}
         lane = self._host.lane("pulsar-look")

@@ -103,7 +103,8 @@ class PulsarBrowser:
                     silent |= self._ask(partition)
                 if taken >= max_rows or size >= max_bytes:
                     break
-            if taken or self._reached or self._stopped or self.closed or silent or (left := until - time.monotonic()) <= 0:
+            left = until - time.monotonic()
+            if any((taken, self._reached, self._stopped, self.closed, silent, left <= 0)):
                 break
             self._wait(left)
         batch = Batch(self._codec, rows, digests=digests) if rows or digests else None

@@ -67,8 +67,9 @@ def text_flaw(value: bytes) -> str | None:
 class _Sending:
     """Rows on their way, and what became of them. Reports come on a thread of the client."""
 
-    def __init__(self, topic: str, rows: Sequence[Outbound], host: Host) -> None:
+    def __init__(self, topic: str, rows: Sequence[Outbound], host: Host, *, parted: bool) -> None:
         self.topic, self.rows, self._host = topic, rows, host
+        self.parted = parted
         self.results: list[SendResult | None] = [None] * len(rows)
         self.broken: set[bytes] = set()  # keys with a row that is not stored
         self.halt: BrokerError | None = None  # why nothing more is tried
@@ -80,7 +81,7 @@ class _Sending:
         with self._news:
             if self.results[i] is None:  # else it was given up
                 if result == pulsar.Result.Ok:
-                    self.results[i] = _stored(message_id)
+                    self.results[i] = _stored(message_id, self.rows[i].partition if self.parted else NO_PARTITION)
                 else:
                     self.fail(i, failure(self._host, self.topic, result.name), kind_of(result.name))
             self._on_way -= 1
@@ -120,11 +121,12 @@ class _Sending:
             self._news.wait_for(lambda: self._on_way == 0)
 
 
-def _stored(message_id: Any) -> SendResult:
+def _stored(message_id: Any, named: int) -> SendResult:
     if message_id.ledger_id() < 0:  # the broker's way to say that it had it
         return SendResult(Sent.DUPLICATE)
-    number = max(message_id.partition(), 0)
-    return SendResult(Sent.ACCEPTED, id_of(message_id), number, place_of(message_id))
+    # The producer of one partition does not know which.
+    number = message_id.partition() if named == NO_PARTITION else named
+    return SendResult(Sent.ACCEPTED, id_of(message_id, number), max(number, 0), place_of(message_id))
 
 
 class PulsarSender:
@@ -215,7 +217,7 @@ class PulsarSender:
     async def send(self, rows: Sequence[Outbound]) -> Sequence[SendResult]:
         if self.closed:
             raise self._host.error(ErrorKind.CLOSED, self._topic, f"{self._topic}: this sender is closed; open a new one")
-        sending = _Sending(self._topic, rows, self._host)
+        sending = _Sending(self._topic, rows, self._host, parted=self._partitions.get(0) != self._topic)
         await self._lane.run(self._send, sending)
         return [r for r in sending.results if r is not None]
 
