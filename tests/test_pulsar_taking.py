@@ -229,16 +229,17 @@ async def read(client, topic, piece):
 def test_what_was_removed_is_aged_out(bed):  # noqa: F811 - the fixture
     topic = bed.make()
     path = topic.replace("://", "/")
+    bed.policy(topic, "retention", {"retentionTimeInMinutes": 0, "retentionSizeInMB": 0})
 
     async def use(client):
         await publish(client, topic, b"old")
         (old,), _ = await looked(client, topic)
-        await asyncio.to_thread(bed.api, "DELETE", f"{path}/truncate")
-        await publish(client, topic, b"new")
+        await asyncio.to_thread(bed.api, "PUT", f"{path}/unload")  # begins a new ledger
         end = time.monotonic() + 20
+        await publish(client, topic, b"new")
         while len(rows := (await looked(client, topic))[0]) > 1:
             assert time.monotonic() < end, "not removed"
-            await asyncio.sleep(0.1)
+            await asyncio.to_thread(bed.api, "POST", f"{path}/trim")
         return await read(client, topic, Piece(0, old.position, (*rows[0].position, 0))), [r.data for r in rows]
 
     assert on(bed, use) == (([], Stop.AGED_OUT), [b"new"])
