@@ -36,14 +36,14 @@ def installed(tmp_path, monkeypatch):
 
 def test_unknown_scheme_names_those_that_exist():
     with pytest.raises(
-        BrokerError, match=r"^no backend for 'rabbit'; there are: demo, inmem, kafka, nats, pubsub, servicebus$"
+        BrokerError, match=r"^no backend for 'rabbit'; there are: demo, inmem, kafka, nats, pubsub, pulsar, servicebus$"
     ) as caught:
         load("rabbit")
     assert caught.value.kind is ErrorKind.INVALID
 
 
 def test_schemes_of_brokers_to_come_are_not_listed():
-    assert schemes() == ["demo", "inmem", "kafka", "nats", "pubsub", "servicebus"]
+    assert schemes() == ["demo", "inmem", "kafka", "nats", "pubsub", "pulsar", "servicebus"]
 
 
 def test_a_third_party_backend_is_found_listed_and_used(installed):

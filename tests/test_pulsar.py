@@ -99,8 +99,8 @@ def test_usual_ports():
     ("profile", "says"),
     [
         ({"options": {"tokn": "x"}}, "no option 'tokn'"),
-        ({"options": {"admin_url": "ftp://x"}}, "admin_url must be http"),
-        ({"options": {"admin_url": "http://me:s3cret@x"}}, "without user and password"),
+        ({"options": {"admin_url": "ftp://x"}}, "admin_url must be like http"),
+        ({"options": {"admin_url": "http://me:s3cret@localhost"}}, "without user and password"),
         ({"options": {"operation_timeout_seconds": "soon"}}, "must be int"),
         ({"options": {"token": "s3cret", "issuer_url": "https://x"}}, "only one way"),
         ({"options": {"certificate_path": "c"}}, "private_key_path"),

@@ -29,6 +29,7 @@ NAMES = {
     "nats": "NATS JetStream",
     "pubsub": "Google Pub/Sub",
     "servicebus": "Azure Service Bus",
+    "pulsar": "Apache Pulsar",
 }
 STATES = {"pass": "pass", "notyet": "not yet", "never": "never", "fail": "FAILED"}
 WORDS = {
@@ -227,6 +228,7 @@ def of_what() -> str:
     against = [
         f"Apache Kafka {locked('kafka')['version']} with confluent-kafka {importlib.metadata.version('confluent-kafka')}",
         f"nats-server {locked('nats')['go'].partition('@v')[2]} with nats-py {importlib.metadata.version('nats-py')}",
+        f"Apache Pulsar {locked('pulsar')['version']} with pulsar-client {importlib.metadata.version('pulsar-client')}",
         f"Google's pstest {pstest} with google-cloud-pubsub {importlib.metadata.version('google-cloud-pubsub')}",
         f"our stand-in for Service Bus with azure-servicebus {importlib.metadata.version('azure-servicebus')}",
     ]

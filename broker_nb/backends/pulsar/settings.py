@@ -104,7 +104,7 @@ def _admin_url(host: Host, given: Any, server: str, tls: bool) -> str:
         return f"https://{name}:8443" if tls else f"http://{name}:8080"
     parts = urllib.parse.urlsplit(str(given))
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise invalid(host, "pulsar", "admin_url must be http://host:port or https://host:port, without user and password")
+        raise invalid(host, "pulsar", "admin_url must be like http://localhost:8080 (or https), without user and password")
     return str(given).rstrip("/")
 
 

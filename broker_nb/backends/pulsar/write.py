@@ -13,7 +13,7 @@ import pulsar
 
 from broker_nb.backends.driver import NO_PARTITION, Host, Lane, Outbound, SendResult, Sent
 from broker_nb.backends.pulsar.codec import id_of, place_of
-from broker_nb.backends.pulsar.errors import failure, kind_of, options_of
+from broker_nb.backends.pulsar.errors import failure, invalid, kind_of, options_of
 from broker_nb.errors import BrokerError, ErrorKind
 
 log = logging.getLogger("broker_nb")
@@ -109,11 +109,11 @@ class _Sending:
                 return True
             return False
 
-    def not_sent(self, i: int, error: pulsar.PulsarException) -> None:
-        """The client did not take row i."""
+    def not_sent(self, i: int, cause: BrokerError, kind: ErrorKind) -> None:
+        """Row i did not get to the client."""
         with self._news:
             self._on_way -= 1
-            self.fail(i, failure(self._host, self.topic, error), kind_of(type(error).__name__))
+            self.fail(i, cause, kind)
 
     def wait(self) -> None:
         """Until every row has its report; the client gives one at the latest when its send time-out is over."""
@@ -226,15 +226,12 @@ class PulsarSender:
         for i, row in enumerate(sending.rows):
             if sending.may_send(i):
                 if (flaw := self.check(row)) is not None:  # by a caller that did not ask first
-                    sending.report(i, pulsar.Result.InvalidMessage, None)
-                    sending.results[i] = SendResult(
-                        Sent.REFUSED, error=self._host.error(ErrorKind.INVALID, self._topic, f"{self._topic}: {flaw}")
-                    )
+                    sending.not_sent(i, invalid(self._host, self._topic, flaw), ErrorKind.INVALID)
                     continue
                 try:
                     self._hand_over(i, row, sending)
                 except pulsar.PulsarException as error:
-                    sending.not_sent(i, error)
+                    sending.not_sent(i, failure(self._host, self._topic, error), kind_of(type(error).__name__))
         sending.wait()
 
     def _hand_over(self, i: int, row: Outbound, sending: _Sending) -> None:
