@@ -4,11 +4,11 @@ import uuid
 
 import pytest
 
-from broker_nb.backends.driver import COLUMNS, Effect, Entity, Facts, Kind, LookPlan, Outbound, Stop
+from broker_nb.backends.driver import COLUMNS, Bounds, Effect, Entity, Facts, Kind, LookPlan, Outbound, Stop
 from broker_nb.backends.inmem.broker import InmemBroker
 from broker_nb.errors import BrokerError, ErrorKind
 from broker_nb.portable.client import Client
-from broker_nb.portable.look import open_look
+from broker_nb.portable.look import _ahead, _back, open_look
 from broker_nb.portable.loop import shared_loop
 from broker_nb.portable.ranges import parse_range
 
@@ -170,3 +170,29 @@ def test_effects_that_were_not_allowed_are_refused_by_name():
         shared_loop().run(go(plan, [Effect.COUNTS_DELIVERY]))
     with pytest.raises(BrokerError, match="t cannot be looked at: no retention"):
         shared_loop().run(go(LookPlan(False, reason="no retention"), []))
+
+
+LEDGERS = Bounds(0, (7, 0, 0), (12, 5, 0), runs=[((7, 0), 10), ((9, 0), 3), ((12, 0), 5)])
+
+
+@pytest.mark.parametrize(
+    ("end", "places", "start"),
+    [
+        ((12, 5, 0), 1, (12, 4)),
+        ((12, 5, 0), 5, (12, 0)),
+        ((12, 2, 4, 0), 1, (12, 2)),
+        ((12, 2, 4, 0), 4, (9, 2)),
+        ((9, 0), 1, (7, 9)),
+        ((12, 5, 0), 1000, (7, 0, 0)),
+    ],
+)
+def test_going_back_over_places_of_several_numbers(end, places, start):
+    assert _back(end, LEDGERS, places) == start
+
+
+@pytest.mark.parametrize(
+    ("start", "places", "end"),
+    [((7, 0, 0), 1, (7, 1)), ((7, 8), 4, (9, 2)), ((9, 1, 5), 2, (12, 0)), ((7, 0, 0), 1000, (12, 5, 0)), ((8, 0), 1, (9, 1))],
+)
+def test_going_on_over_places_of_several_numbers(start, places, end):
+    assert _ahead(start, LEDGERS, places) == end

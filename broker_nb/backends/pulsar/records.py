@@ -34,8 +34,9 @@ class PulsarRecords(Consuming):
         for n, message in enumerate(rows):
             at = message.message_id()
             partition, place = max(at.partition(), 0), place_of(at)
-            if place < self._done.get(partition, ()):
-                continue  # the rest of a batch of which we committed a part
+            done = self._done.get(partition, ())
+            if place < done and place[:2] == done[:2]:
+                continue  # of a batch that we committed in part; what is further back was put back by somebody
             if place <= self._last.get(partition, (-1,)):
                 if fresh:
                     self._rows = [*rows[n:], *self._rows]
