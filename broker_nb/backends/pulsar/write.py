@@ -17,7 +17,7 @@ from broker_nb.backends.pulsar.errors import failure, invalid, kind_of, options_
 from broker_nb.errors import BrokerError, ErrorKind
 
 log = logging.getLogger("broker_nb")
-_AHEAD = 1000  # rows on their way at once: what is after a failed one of its key must not be far
+_AHEAD = 10_000  # rows on their way at once: few enough that not much follows a failed one
 _OVERHEAD = 256  # bytes that Pulsar adds to a lone row, about
 _UNSURE = frozenset({ErrorKind.TIMEOUT, ErrorKind.UNREACHABLE, ErrorKind.TRANSIENT, ErrorKind.CLOSED, ErrorKind.UNKNOWN})
 _ROW_ONLY = frozenset({ErrorKind.TOO_LARGE, ErrorKind.INVALID})  # the next row may do better
@@ -85,7 +85,8 @@ class _Sending:
                 else:
                     self.fail(i, failure(self._host, self.topic, result.name), kind_of(result.name))
             self._on_way -= 1
-            self._news.notify_all()
+            if self._on_way in (0, _AHEAD // 2):  # else one thread would wake the other for every row
+                self._news.notify_all()
 
     def fail(self, i: int, cause: BrokerError, kind: ErrorKind) -> None:
         """Row i is not stored, or nobody knows."""
@@ -98,7 +99,8 @@ class _Sending:
     def may_send(self, i: int) -> bool:
         """Count row i as under way, once there is room; False where it must not be sent any more, and has its result."""
         with self._news:
-            self._news.wait_for(lambda: self._on_way < _AHEAD or self.halt is not None)
+            if self._on_way >= _AHEAD:
+                self._news.wait_for(lambda: self._on_way <= _AHEAD // 2 or self.halt is not None)
             if self.halt is not None:
                 self.results[i] = SendResult(Sent.REFUSED, error=self.halt)
             elif self.rows[i].key in self.broken:
@@ -225,13 +227,13 @@ class PulsarSender:
         """On the lane."""
         for i, row in enumerate(sending.rows):
             if sending.may_send(i):
-                if (flaw := self.check(row)) is not None:  # by a caller that did not ask first
-                    sending.not_sent(i, invalid(self._host, self._topic, flaw), ErrorKind.INVALID)
-                    continue
                 try:
                     self._hand_over(i, row, sending)
                 except pulsar.PulsarException as error:
                     sending.not_sent(i, failure(self._host, self._topic, error), kind_of(type(error).__name__))
+                except (LookupError, TypeError, ValueError) as error:  # by a caller that did not ask `check` first
+                    flaw = self.check(row) or str(error)
+                    sending.not_sent(i, invalid(self._host, self._topic, flaw), ErrorKind.INVALID)
         sending.wait()
 
     def _hand_over(self, i: int, row: Outbound, sending: _Sending) -> None:
