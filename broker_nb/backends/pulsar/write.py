@@ -70,27 +70,39 @@ class _Sending:
     def __init__(self, topic: str, rows: Sequence[Outbound], host: Host, *, parted: bool) -> None:
         self.topic, self.rows, self._host = topic, rows, host
         self.parted = parted
-        self.results: list[SendResult | None] = [None] * len(rows)
+        self.stored: list[Any] = [None] * len(rows)  # the broker's id of each row
+        self.failed: dict[int, SendResult] = {}
         self.broken: set[bytes] = set()  # keys with a row that is not stored
         self.halt: BrokerError | None = None  # why nothing more is tried
         self._on_way = 0
         self._news = threading.Condition()
 
     def report(self, i: int, result: Any, message_id: Any) -> None:
-        """The client's word about row i."""
+        """The client's word about row i; its thread does as little as it can."""
         with self._news:
-            if self.results[i] is None:  # else it was given up
-                if result == pulsar.Result.Ok:
-                    self.results[i] = _stored(message_id, self.rows[i].partition if self.parted else NO_PARTITION)
-                else:
-                    self.fail(i, failure(self._host, self.topic, result.name), kind_of(result.name))
+            if int(result) == 0:
+                self.stored[i] = message_id
+            else:
+                self.fail(i, failure(self._host, self.topic, result.name), kind_of(result.name))
             self._on_way -= 1
             if self._on_way in (0, _AHEAD // 2):  # else one thread would wake the other for every row
                 self._news.notify_all()
 
+    def fates(self) -> list[SendResult]:
+        """What became of each row, once all have their report."""
+        return [self.failed[i] if at is None else self._stored(at, i) for i, at in enumerate(self.stored)]
+
+    def _stored(self, message_id: Any, i: int) -> SendResult:
+        if message_id.ledger_id() < 0:  # the broker's way to say that it had it
+            return SendResult(Sent.DUPLICATE)
+        named = self.rows[i].partition if self.parted else NO_PARTITION
+        # The producer of one partition does not know which.
+        number = message_id.partition() if named == NO_PARTITION else named
+        return SendResult(Sent.ACCEPTED, id_of(message_id, number), max(number, 0), place_of(message_id))
+
     def fail(self, i: int, cause: BrokerError, kind: ErrorKind) -> None:
         """Row i is not stored, or nobody knows."""
-        self.results[i] = SendResult(Sent.UNKNOWN if kind in _UNSURE else Sent.REFUSED, error=cause)
+        self.failed[i] = SendResult(Sent.UNKNOWN if kind in _UNSURE else Sent.REFUSED, error=cause)
         if (key := self.rows[i].key) is not None:
             self.broken.add(key)
         if kind not in _ROW_ONLY:
@@ -102,10 +114,10 @@ class _Sending:
             if self._on_way >= _AHEAD:
                 self._news.wait_for(lambda: self._on_way <= _AHEAD // 2 or self.halt is not None)
             if self.halt is not None:
-                self.results[i] = SendResult(Sent.REFUSED, error=self.halt)
+                self.failed[i] = SendResult(Sent.REFUSED, error=self.halt)
             elif self.rows[i].key in self.broken:
                 text = f"{self.topic}: an earlier row of key {self.rows[i].key!r} is not stored, so this one was not sent; send both again"
-                self.results[i] = SendResult(Sent.REFUSED, error=self._host.error(ErrorKind.CONFLICT, self.topic, text))
+                self.failed[i] = SendResult(Sent.REFUSED, error=self._host.error(ErrorKind.CONFLICT, self.topic, text))
             else:
                 self._on_way += 1
                 return True
@@ -121,14 +133,6 @@ class _Sending:
         """Until every row has its report; the client gives one at the latest when its send time-out is over."""
         with self._news:
             self._news.wait_for(lambda: self._on_way == 0)
-
-
-def _stored(message_id: Any, named: int) -> SendResult:
-    if message_id.ledger_id() < 0:  # the broker's way to say that it had it
-        return SendResult(Sent.DUPLICATE)
-    # The producer of one partition does not know which.
-    number = message_id.partition() if named == NO_PARTITION else named
-    return SendResult(Sent.ACCEPTED, id_of(message_id, number), max(number, 0), place_of(message_id))
 
 
 class PulsarSender:
@@ -221,7 +225,7 @@ class PulsarSender:
             raise self._host.error(ErrorKind.CLOSED, self._topic, f"{self._topic}: this sender is closed; open a new one")
         sending = _Sending(self._topic, rows, self._host, parted=self._partitions.get(0) != self._topic)
         await self._lane.run(self._send, sending)
-        return [r for r in sending.results if r is not None]
+        return await self._lane.run(sending.fates)
 
     def _send(self, sending: _Sending) -> None:
         """On the lane."""
