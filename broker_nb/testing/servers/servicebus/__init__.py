@@ -74,7 +74,7 @@ def launch(name: str, folder: pathlib.Path, ports: list[int], config: str, deadl
         raise ServerFailed(f"the stand-in's configuration is not JSON: {error}") from error
     path = os.pathsep.join([str(library), str(pathlib.Path(broker_nb.__file__).parents[1])])
     command = ["/usr/bin/env", f"PYTHONPATH={path}", sys.executable, "-m", f"{__name__}.main"]
-    process = Process([*command, *map(str, ports), settings], folder / "server.log")
+    process = Process([*command, str(ports[0]), str(ports[1]), settings], folder / "server.log")
     try:
         process.wait_for_port(ports[1], deadline)
         process.wait_for_port(ports[0], deadline)
