@@ -20,7 +20,6 @@ class PulsarLike(MannerHarness):
         "break_reads": "a broker that dies is the same for every manner: it is on the broker in memory itself",
         "begin": "the client has no transactions",
         "expire": "a message is held as long as its consumer lives",
-        "numbered": "a place is a ledger, an entry in it and an index in that",
         "record.CONFIRMED": "the client offers no receipt of an ack",
         "record.REFUSED": "a broker stores any position; the handle punishes one beyond what was read",
         "message.CONFIRMED": "the client offers no receipt of an ack",

@@ -22,7 +22,6 @@ class PulsarHarness(Harness):
         "compact": "looks read the topic as written, never its compacted copy, so compaction leaves no gap",
         "expire": "a message is held as long as its consumer lives",
         "look_effects": "a look has no effect that outlives it",
-        "numbered": "places are ledger, entry and index in a batch: see test_pulsar_look.py and test_pulsar_records.py",
         "order_after_nack": "what was given back comes again after what was already on its way",
         "Stop.HELD_BACK": "the Python client has no transactions",
         "Stop.UNPROVEN": "the broker tells whether there is more",

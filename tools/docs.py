@@ -51,6 +51,8 @@ WORDS = {
     "transactions": "transactions",
     "look": "looks without any effect",
     "order": "order of messages without a key",
+    "numbered": "one number for a row's place",
+    "aged_out": "rows that go during a look are noticed",
     "messages": "messages settled one by one",
     "records": "a group's position in a log",
 }
@@ -110,10 +112,11 @@ ROWS = (
         ("look",),
         ("Looking nothing_changes", "Looking a_missing_topic_is_not_made"),
     ),
-    Row("newest / oldest N, positions, times, `where` in SQL", ("look",), ("Tails a_range_inside_a_batch", "Tails times")),
+    Row("newest / oldest N, times, `where` in SQL", ("look",), ("Tails times",)),
+    Row("ranges of offsets: `12..40`", ("look", "numbered"), ("Tails a_range_inside_a_batch",)),
     Row(
         "a look proves that it is complete, or says why not",
-        ("look", "proven_end"),
+        ("look", "proven_end", "aged_out"),
         ("Tails the_end_is_fixed_at_the_start", "Tails a_dying_broker", "Tails rows_that_aged_out", "Tails stopped_early"),
     ),
     Row(

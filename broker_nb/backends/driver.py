@@ -308,15 +308,18 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Where one partition begins and ends."""
+    """Where one partition begins and ends.
+
+    `end` is one past the last row visible at the asked isolation; where LookPlan.end_is_fixed is False, as far as is known, or None.
+    `high` is the end with open transactions included: what is beyond `end` is held back. `runs`, where a place is more than one number,
+    tells rows that count up by its last one: (first place, how many).
+    """
 
     partition: int
     low: Position
-    end: Position | None  # one past the last row visible at the asked isolation; None when LookPlan.end_is_fixed is False
-    high: Position | None = None  # the end with open transactions included; > end: held back
-    runs: Sequence[
-        tuple[Position, int]
-    ] = ()  # where a place is more than one number: (first place, how many, by its last number)
+    end: Position | None
+    high: Position | None = None
+    runs: Sequence[tuple[Position, int]] = ()
 
 
 class Stop(enum.Enum):
