@@ -110,7 +110,7 @@ async def version(js: JetStreamContext) -> str:
 
 def test_nats_killed_and_started_again_on_its_port_with_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = [taken.getsockname()[1], free_port(), expected := free_port(), free_port()]
+        ports = [taken.getsockname()[1], free_port(), free_port(), expected := free_port(), free_port(), free_port()]
         monkeypatch.setattr(servers, "free_port", lambda: ports.pop(0))
         server = servers.OwnServer("nats")
     with server:

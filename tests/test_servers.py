@@ -302,7 +302,7 @@ def test_taken_between_look_and_start_then_killed_and_started_again(monkeypatch:
     from confluent_kafka.admin import AdminClient
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = [taken.getsockname()[1], free_port(), expected := free_port(), free_port()]
+        ports = [taken.getsockname()[1], free_port(), free_port(), expected := free_port(), free_port(), free_port()]
         monkeypatch.setattr(servers, "free_port", lambda: ports.pop(0))
         server = servers.OwnServer("kafka")
     with server:
