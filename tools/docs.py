@@ -127,7 +127,7 @@ ROWS = (
     Row("what you hold stays yours while you think", ("messages",), ("Messages the_lease_is_kept_meanwhile",)),
     Row("`nack` with a delay", ("messages", "release_delay"), ("Messages a_delayed_nack",)),
     Row("`reject`: never to come again", ("messages", "reject"), ("Messages rejected_comes_no_more",)),
-    Row("`consume` + `commit`: a group's position in a log", ("records",), ("Records only_the_contiguous_prefix_is_committed",)),
+    Row("`consume` + `commit`: a group's position in a log", ("records",), ("Records what_was_not_acked_comes_again",)),
     Row("`publish` a frame, a result per row, order per key", (), ("Publishing twelve_sends_at_once", "Ends refused")),
     Row("keys", ("keys",), ("Publishing what_the_broker_can_tell_apart",), _keys),
     Row("null and empty bodies apart", ("null_data",), ("Publishing what_the_broker_can_tell_apart",)),
