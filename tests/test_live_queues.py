@@ -85,3 +85,21 @@ def test_pubsub_buttons(pubsub_url, exactly_once):
         assert not page.in_state("held")
         close(page.model)
     assert bed.pull(name) == []
+
+
+def test_a_lock_that_is_gone(bus):
+    bed, conn = bus
+    if not bed.stand_in:
+        pytest.skip("only the stand-in takes locks away when it is told to: unset BROKER_NB_TEST_SERVICEBUS")
+    queue = bed.queue(max_delivery_count=5)
+    bed.send(queue, b"1")
+    page = held(opened(conn, queue, "queue", max_held=1), 1)
+    (gone,) = page.in_state("held")
+    bed.ask(expire=queue)
+    assert not page.ask("ack", [gone])["ok"]
+    assert page.states[gone] == "lost"
+    until(lambda: len(page.in_state("held")) == 1, 20)  # the same message, as a new row
+    assert counts(bed, queue) == (1, 0)
+    assert page.ask("ack", page.in_state("held"))["ok"]
+    until(lambda: counts(bed, queue) == (0, 0))
+    close(page.model)
