@@ -1,15 +1,13 @@
 """The conformance suites on a NATS server of their own, which may be stopped for a moment."""
 
-import os
-import signal
 import time
 import uuid
 
 import pytest
 from nats_bed import Bed
+from own_server import freeze, own_server, thaw
 
 from broker_nb.testing.harness import Harness
-from broker_nb.testing.servers import OwnServer, ServerMissing
 from broker_nb.testing.suites import suites
 
 pytestmark = pytest.mark.xdist_group("conformance-jetstream")
@@ -57,26 +55,19 @@ class JetStreamHarness(Harness):
 
     def break_reads(self, *_):
         self.frozen = True
-        os.kill(self.server.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self.server.pid, os.WSTOPPED)  # its threads go on for a moment
+        freeze(self.server)
 
     provoke = break_reads
 
     def mend(self):
         if self.frozen:
             self.frozen = False
-            os.kill(self.server.pid, signal.SIGCONT)
+            thaw(self.server)
 
 
 @pytest.fixture(scope="module")
 def harness():
-    try:
-        server = OwnServer("nats")
-    except ServerMissing as missing:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(missing))
-    with server:
+    with own_server("nats") as server:
         yield JetStreamHarness(server)
 
 

@@ -1,18 +1,16 @@
 """The conformance suites on an Apache Kafka of their own, which may be stopped for a moment."""
 
 import contextlib
-import os
 import time
 import uuid
 
-import psutil
 import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.cimpl import NewTopic
 from kafka_bed import Bed
+from own_server import freeze, own_server, thaw
 
 from broker_nb.testing.harness import Harness
-from broker_nb.testing.servers import OwnServer, ServerMissing
 from broker_nb.testing.suites import suites
 
 pytestmark = pytest.mark.xdist_group("conformance-kafka")
@@ -76,29 +74,20 @@ class KafkaHarness(Harness):
 
     def break_reads(self, *_):
         self.frozen = True
-        process = psutil.Process(self.server.pid)
-        process.suspend()
-        while any(psutil.Process(t.id).status() != psutil.STATUS_STOPPED for t in process.threads()):  # not all at once
-            time.sleep(0.01)
+        freeze(self.server)
 
     provoke = break_reads
 
     def mend(self):
         if self.frozen:
             self.frozen = False
-            psutil.Process(self.server.pid).resume()
+            thaw(self.server)
             self.make_topic(1)
 
 
 @pytest.fixture(scope="module")
 def harness():
-    try:
-        server = OwnServer("kafka")
-    except ServerMissing as missing:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(missing))
-    with server:
+    with own_server("kafka") as server:
         yield KafkaHarness(server)
 
 

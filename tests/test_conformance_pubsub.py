@@ -1,14 +1,12 @@
 """The conformance suites on Google's own fake server (pstest), which may be stopped for a moment."""
 
-import os
-import signal
 import time
 
 import pytest
+from own_server import freeze, own_server, thaw
 from pubsub_bed import Bed
 
 from broker_nb.testing.harness import Harness
-from broker_nb.testing.servers import OwnServer, ServerMissing
 from broker_nb.testing.suites import suites
 
 pytestmark = pytest.mark.xdist_group("conformance-pubsub")
@@ -60,24 +58,17 @@ class PubsubHarness(Harness):
 
     def provoke(self, *_):
         self.frozen = True
-        os.kill(self.server.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self.server.pid, os.WSTOPPED)  # its threads go on for a moment
+        freeze(self.server)
 
     def mend(self):
         if self.frozen:
             self.frozen = False
-            os.kill(self.server.pid, signal.SIGCONT)
+            thaw(self.server)
 
 
 @pytest.fixture(scope="module")
 def harness():
-    try:
-        server = OwnServer("pubsub")
-    except ServerMissing as missing:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(missing))
-    with server:
+    with own_server("pubsub") as server:
         yield PubsubHarness(server)
 
 

@@ -1,13 +1,10 @@
 """The conformance suites on a Pulsar of their own, which may be stopped for a moment."""
 
-import os
-import signal
-
 import pytest
+from own_server import freeze, own_server, thaw
 from pulsar_bed import Bed
 
 from broker_nb.testing.harness import Harness
-from broker_nb.testing.servers import OwnServer, ServerMissing
 from broker_nb.testing.suites import suites
 
 pytestmark = pytest.mark.xdist_group("conformance-pulsar")
@@ -51,25 +48,19 @@ class PulsarHarness(Harness):
 
     def break_reads(self, *_):
         self.frozen = True
-        os.kill(self.server.pid, signal.SIGSTOP)
+        freeze(self.server)
 
     provoke = break_reads
 
     def mend(self):
         if self.frozen:
             self.frozen = False
-            os.kill(self.server.pid, signal.SIGCONT)
+            thaw(self.server)
 
 
 @pytest.fixture(scope="module")
 def harness():
-    try:
-        server = OwnServer("pulsar", config="brokerDeduplicationEnabled=true\n")
-    except ServerMissing as missing:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(missing))
-    with server:
+    with own_server("pulsar", config="brokerDeduplicationEnabled=true\n") as server:
         yield PulsarHarness(server)
 
 

@@ -1,13 +1,10 @@
 """The conformance suites on a stand-in for Service Bus of their own, which may be stopped for a moment."""
 
-import os
-import signal
-
 import pytest
+from own_server import freeze, own_server, thaw
 from servicebus_bed import Bed
 
 from broker_nb.testing.harness import Harness
-from broker_nb.testing.servers import OwnServer, ServerMissing
 from broker_nb.testing.suites import suites
 
 pytestmark = pytest.mark.xdist_group("conformance-servicebus")
@@ -57,7 +54,7 @@ class ServiceBusHarness(Harness):
 
     def break_reads(self):
         self.frozen = True
-        os.kill(self.server.pid, signal.SIGSTOP)
+        freeze(self.server)
 
     def provoke(self, state, topic):
         self.bed.ask(fault={**FAULTS[state], "entity": topic})
@@ -65,19 +62,13 @@ class ServiceBusHarness(Harness):
     def mend(self):
         if self.frozen:
             self.frozen = False
-            os.kill(self.server.pid, signal.SIGCONT)
+            thaw(self.server)
         self.bed.ask(clear=True)
 
 
 @pytest.fixture(scope="module")
 def harness():
-    try:
-        server = OwnServer("servicebus")
-    except ServerMissing as missing:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(missing))
-    with server:
+    with own_server("servicebus") as server:
         yield ServiceBusHarness(server)
 
 
